@@ -20,17 +20,17 @@ class StateWatch:
     def _attributes(self) -> dict[tuple[int, str], tuple[object, int | None]]:
         """Return the value of each attribute, with the version of a tensor or the length of a container.
 
-        Keys are the index of the submodule and the name of the attribute.
+        A key is the index of the submodule and the name of the attribute.
         """
         attributes = {}
-        for number, part in enumerate(self.module.modules()):
-            for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
-                size = None
+        for index, submodule in enumerate(self.module.modules()):
+            for name, value in {**vars(submodule), **submodule._parameters, **submodule._buffers}.items():
+                version_or_length = None
                 if isinstance(value, Tensor):
-                    size = None if value.is_inference() else value._version
+                    version_or_length = None if value.is_inference() else value._version
                 elif isinstance(value, list | dict | set):
-                    size = len(value)
-                attributes[number, name] = (value, size)
+                    version_or_length = len(value)
+                attributes[index, name] = (value, version_or_length)
         return attributes
 
     def has_changed(self) -> bool:
@@ -38,4 +38,7 @@ class StateWatch:
         after = self._attributes()
         if after.keys() != self.before.keys():
             return True
-        return any(value is not after[key][0] or size != after[key][1] for key, (value, size) in self.before.items())
+        return any(
+            value is not after[key][0] or version_or_length != after[key][1]
+            for key, (value, version_or_length) in self.before.items()
+        )

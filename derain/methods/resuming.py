@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from derain.errors import DerainError
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
-"""Arguments of PyTorch's schedules, and attributes of the same names: the length of the training by default."""
+"""Arguments and attributes of PyTorch's schedules; in derain, their default is the length of the training."""
 
 
 def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
@@ -28,9 +28,9 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
     Raises:
         DerainError: If a hyper-parameter, or one of `LENGTHS`, was changed, and a schedule is not a ``LambdaLR``.
     """
-    optimizers, schedules = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
+    configured_optimizers, configs = _init_optimizers_and_lr_schedulers(trainer.lightning_module)
     restored = [config.scheduler for config in trainer.lr_scheduler_configs]
-    for optimizer, configured_optimizer in zip(trainer.optimizers, optimizers, strict=True):
+    for optimizer, configured_optimizer in zip(trainer.optimizers, configured_optimizers, strict=True):
         schedules_of_optimizer = [schedule for schedule in restored if schedule.optimizer is optimizer]
         if not all(isinstance(schedule, LambdaLR) for schedule in schedules_of_optimizer):
             continue
@@ -38,8 +38,8 @@ def use_configured(trainer: Trainer, changed: Sequence[str]) -> None:
             for name, value in options.items():
                 if name != "params" and not (name == "lr" and schedules_of_optimizer):
                     group[name] = value
-    for schedule, fresh_config in zip(restored, schedules, strict=True):
-        configured = fresh_config.scheduler
+    for schedule, config in zip(restored, configs, strict=True):
+        configured = config.scheduler
         if isinstance(schedule, LambdaLR) and isinstance(configured, LambdaLR):
             schedule.base_lrs, schedule.lr_lambdas = configured.base_lrs, configured.lr_lambdas
             _set_rates(schedule)
@@ -56,7 +56,7 @@ def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> N
         changed: Names of the hyper-parameters that differ from those of the checkpoint.
 
     Raises:
-        DerainError: If one has changed.
+        DerainError: If a hyper-parameter, or one of `LENGTHS`, has changed.
     """
     name = type(schedule).__name__
     if changed:
@@ -73,7 +73,7 @@ def _refuse_changes(schedule: Any, configured: Any, changed: Sequence[str]) -> N
 
 
 def _set_rates(schedule: Any) -> None:
-    """Set the learning rates of a schedule's optimiser to those at its current step."""
+    """Set the learning rates of an optimiser to those of its schedule at the current step."""
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):

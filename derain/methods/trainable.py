@@ -90,7 +90,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     needs_unlabelled: ClassVar[bool] = False
     initial_weights: Mapping[str, str] = {}
     _resumed: Mapping[str, Any] | None = None
-    """Entries ``position`` and ``gradients`` of the resumed checkpoint, until training starts."""
+    """Entries ``position`` (of the loggers) and ``gradients`` of the resumed checkpoint, until training starts."""
     _changed: tuple[str, ...] = ()
     """Names of hyper-parameters that differ from those of the resumed checkpoint."""
 
@@ -229,8 +229,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
     def check_trusted(cls, path: Path, hyper_parameters: Mapping[str, Any]) -> None:
         """Check that the hyper-parameters of a file do not cause an import of code that the user has not named.
 
-        By default, nothing is checked. A subclass whose hyper-parameters name classes overrides this method, and calls
-        it in `from_content`.
+        This method checks nothing. A subclass whose hyper-parameters name classes overrides it, and calls it in
+        `from_content`.
 
         Args:
             path: The file, for messages.
@@ -306,12 +306,12 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
                 f"{name}: has no metadata of derain; load it by Restorer or derain.methods.catalog.load instead"
             )
         written_by = content.metadata["method"]
-        own = cls if cls.__name__ == written_by else find(file, content.metadata)
-        if not issubclass(own, cls):
+        method = cls if cls.__name__ == written_by else find(file, content.metadata)
+        if not issubclass(method, cls):
             raise DerainError(
-                f"{name}: contains {own.__name__}, not {cls.__name__}; use {own.__name__}.from_pretrained"
+                f"{name}: contains {method.__name__}, not {cls.__name__}; use {method.__name__}.from_pretrained"
             )
-        return cast(TrainableModule, own.from_content(file, content))
+        return cast(TrainableModule, method.from_content(file, content))
 
     # Checkpoints.
 
@@ -319,8 +319,8 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
         """Add the metadata and, if `is_fitting`, the state of the loggers and accumulated gradients.
 
         Raises:
-            DerainError: If `is_fitting`, and weights, EMA weights or accumulated gradients are not finite. Gradients
-                are not checked with precision ``16-mixed``, which scales the loss.
+            DerainError: If `is_fitting`, and weights, EMA weights or accumulated gradients are not finite. With
+                precision ``16-mixed``, which scales the loss, gradients are not checked.
         """
         checkpoint["derain"] = self.metadata()
         if not self.is_fitting:
@@ -388,7 +388,7 @@ class TrainableModule(LightningModule, ModelHubMixin, library_name="derain", tag
             log.info("options that differ from those of the resumed run: %s", differences)
 
     def _accumulated_gradients(self) -> dict[str, Tensor]:
-        """Return gradients to which further batches are added before the next step; all with manual optimisation."""
+        """Return gradients to which further batches are added before the next step; with manual optimisation, all."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         accumulating = progress.processed % self.trainer.accumulate_grad_batches != 0
         if self.automatic_optimization and not accumulating:

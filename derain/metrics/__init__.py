@@ -1,6 +1,6 @@
 """Metrics of derained images and videos: PSNR, SSIM, LPIPS, metrics of pyiqa, flicker and warping error.
 
-Importing this package does not import torch and torchmetrics; using `ImageQuality` does.
+Importing this package imports neither torch nor torchmetrics; using `ImageQuality` does.
 """
 
 from typing import TYPE_CHECKING, Any

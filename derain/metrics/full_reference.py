@@ -1,7 +1,7 @@
-"""PSNR and SSIM of one image in float64.
+"""PSNR and SSIM of one image in float64, and means over the images of a data set.
 
-OpenCV applies the Gaussian window of SSIM, which is faster than torchmetrics in float64 on a CPU. Without torch, the
-results depend neither on autocast nor on the device.
+OpenCV applies the Gaussian window of SSIM, since torchmetrics is slower in float64 on a CPU. Without torch, the
+scores depend neither on autocast nor on the device.
 """
 
 import math
@@ -38,7 +38,7 @@ class Scores:
         index: ``(n,)``, indices of the images in the data set.
         psnr: ``(n,)`` in dB, at most 100; NaN for images that cannot be scored.
         ssim: ``(n,)``, at most 1; NaN for images that cannot be scored.
-        lpips: ``(n,)``, the same for all protocols; None if not computed.
+        lpips: ``(n,)``, the same for all protocols; NaN for images that cannot be scored; None if not computed.
     """
 
     index: NDArray[np.int64]
@@ -58,13 +58,13 @@ def mean_scores(derained: Scores, rainy: Scores, indices: Sequence[int] | None =
     Returns:
         The means by name, NaN if an image could not be scored; empty if no image was evaluated.
     """
-    rows = np.ones(len(derained.index), bool) if indices is None else np.isin(derained.index, indices)
-    if not rows.any():
+    included = np.ones(len(derained.index), bool) if indices is None else np.isin(derained.index, indices)
+    if not included.any():
         return {}
     columns = {"psnr": derained.psnr, "ssim": derained.ssim, "rainy_psnr": rainy.psnr}
     if derained.lpips is not None:
         columns["lpips"] = derained.lpips
-    return {name: float(column[rows].mean()) for name, column in columns.items()}
+    return {name: float(column[included].mean()) for name, column in columns.items()}
 
 
 def psnr_ssim(derained: NDArray[Any], clean: NDArray[Any], protocol: Protocol) -> tuple[float, float]:
@@ -135,7 +135,7 @@ def _size(image: NDArray[Any]) -> str:
 
 
 def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
-    """Return the values to compare, ``(h, w, 1)`` or ``(h, w, 3)``, where 255 is white in RGB, without the border."""
+    """Return luma ``(h, w, 1)`` or RGB ``(h, w, 3)`` on the scale of 8-bit values, without the border."""
     height, width = image.shape[:2]
     border = protocol.border
     values = _to_255(image[border : height - border, border : width - border], output)
@@ -146,7 +146,7 @@ def _planes(image: NDArray[Any], output: str, protocol: Protocol) -> Array:
 
 
 def _to_255(image: NDArray[Any], output: str) -> Array:
-    """Scale an image from [0, 1] to 0 to 255; ``round`` or ``truncate`` floats to 8 bit, or keep them (``none``)."""
+    """Return an image in 0 to 255: uint8 as it is; floats are scaled, then converted by ``output`` of a `Protocol`."""
     if image.dtype == np.uint8:
         return image.astype(np.float64)
     if image.dtype not in (np.float32, np.float64):
@@ -213,7 +213,7 @@ def bootstrap_interval(
 
     Args:
         values: ``(n,)``, one score per image; at least one.
-        resamples: Number of resamples, which draw n images with replacement.
+        resamples: Number of resamples, each of n scores drawn with replacement.
         seed: Seed of the resampling.
 
     Example:

@@ -97,7 +97,7 @@ def available_lpips(choice: str) -> Lpips | None:
 
 
 class UnknownMetricError(DerainError):
-    """pyiqa has no metric of this name."""
+    """pyiqa has no metric of the requested name."""
 
 
 class PyiqaMetric:
@@ -159,7 +159,7 @@ class FrechetDistance:
             ``sfid`` or ``fid_dinov2``.
 
     Attributes:
-        names: Possible names.
+        names: Names of the available distances.
         min_images: Number of images below which a warning says that the distance is biased.
 
     Raises:
@@ -174,22 +174,22 @@ class FrechetDistance:
         self.name = name
         self.metric = _create(name, "NR")  # pyiqa lists these metrics, which compare folders, as no-reference ones
 
-    def __call__(self, images: Iterable[tuple[Pixels, Pixels]]) -> float:
+    def __call__(self, pairs: Iterable[tuple[Pixels, Pixels]]) -> float:
         """Return the distance, and warn if there are so few images that it is biased.
 
         Args:
-            images: Derained and clean images, ``(h, w, 3)`` in 0 to 255 each; at least two pairs.
+            pairs: Pairs of a derained and a clean image, ``(h, w, 3)`` in 0 to 255 each; at least two.
 
         Raises:
             DerainError: If there are fewer than two pairs, the distance is not finite, or pyiqa cannot compute it, for
                 example since the square root of a covariance is not real.
         """
-        with tempfile.TemporaryDirectory(prefix="derain-") as name:
-            folders = [Path(name, kind) for kind in ("derained", "clean")]
+        with tempfile.TemporaryDirectory(prefix="derain-") as parent:
+            folders = [Path(parent, kind) for kind in ("derained", "clean")]
             for folder in folders:
                 folder.mkdir()
             count = 0
-            for count, pair in enumerate(images, 1):
+            for count, pair in enumerate(pairs, 1):
                 for folder, image in zip(folders, pair, strict=True):
                     write_image(folder / f"{count}.png", image)
             if count < 2:

@@ -101,10 +101,10 @@ PROTOCOLS: dict[str, Protocol] = {
 """Protocols by name; the first is the default."""
 
 PROTOCOL_GROUPS = {"ir-sde": ("ir-sde-rgb", "ir-sde-y")}
-"""Names of groups, and the protocols of each; they are reported together."""
+"""Names of groups, and the protocols of each group, which are reported together."""
 
 DOWNSAMPLE_SUFFIX = "+down"
-"""Suffix of a name of a protocol that adds down-sampling to SSIM."""
+"""Suffix of protocol names; it adds down-sampling to SSIM."""
 
 
 def resolve(names: Sequence[str]) -> tuple[Protocol, ...]:

@@ -20,11 +20,11 @@ def sequence_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         >>> sequence_rows(frames)
         [{'sequence': 'a', 'frames': 2, 'psnr': 25.0}]
     """
-    frames: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("sequence"):
-            frames.setdefault(row["sequence"], []).append(row)
-    return [{"sequence": name, "frames": len(group), **mean_row(group)} for name, group in frames.items()]
+            groups.setdefault(row["sequence"], []).append(row)
+    return [{"sequence": name, "frames": len(group), **mean_row(group)} for name, group in groups.items()]
 
 
 def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

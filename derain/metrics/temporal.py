@@ -1,7 +1,7 @@
 """Temporal consistency of videos: flicker, and the warping error of Lai et al.
 
 Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, section 4.2: the next frame is warped to the current
-one by optical flow, and both are compared where forward and backward flow agree. Here, the flow is that of the clean
+one by optical flow, and compared with it where forward and backward flow agree. Here, the flow is that of the clean
 frames, computed by dense inverse search (DIS; Kroeger et al., ECCV 2016) instead of FlowNet2.
 """
 

@@ -20,8 +20,8 @@ COLUMNS = tuple(f"{prefix}{name}" for prefix in PREFIXES for name in TEMPORAL_NA
 class TemporalQuality(Metric):
     """Flicker and warping error of every frame that directly follows another, on one device or several.
 
-    All frames of a sequence must be evaluated on one device, in any order. A frame is kept until its neighbours have
-    been scored.
+    All frames of a sequence must be evaluated on one device, in any order. A frame is kept until it has been compared
+    with its neighbours.
 
     Args:
         consecutive: Indices of the frames that are compared with the frame at the previous index.
@@ -47,7 +47,7 @@ class TemporalQuality(Metric):
         clean: Float[Tensor, "b 3 h w"],
         index: Int[Tensor, " b"],
     ) -> None:
-        """Score a batch of frames against their neighbours.
+        """Compare a batch of frames with their neighbours.
 
         Args:
             derained: ``(b, 3, h, w)``; clipped to [0, 1] here.
@@ -78,7 +78,7 @@ class TemporalQuality(Metric):
         self._unscored.remove(frame)
 
     def _forget(self) -> None:
-        """Drop the frames whose neighbours have all been scored."""
+        """Drop the frames that need no further comparison."""
         for frame in list(self._waiting):
             if not {frame, frame + 1} & self._unscored:
                 del self._waiting[frame]

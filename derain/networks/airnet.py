@@ -119,12 +119,12 @@ class Guidance(nn.Module):
         return x + deformed + torch.addcmul(self.shift(guide), x, self.scale(guide))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: minus and plus the deformable convolution.
+        """Return MACs to add, see `DerainModule.pass_once`: minus and plus those of the deformable convolution.
 
-        bench counts it as a convolution; thop misses it.
+        ``derain bench`` counts them as those of a convolution; thop misses them.
         """
-        deformable = self.weight.numel() * (output.numel() // output.shape[1])
-        return -deformable, deformable
+        macs = self.weight.numel() * (output.numel() // output.shape[1])
+        return -macs, macs
 
 
 class Block(nn.Module):

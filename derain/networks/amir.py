@@ -134,14 +134,14 @@ class SpatialRouting(nn.Module):
         return x + mixed, loss
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Any) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: minus the experts not selected; the gates.
+        """Return MACs to add, see `DerainModule.pass_once`: minus those of unselected experts, and those of the gates.
 
-        When MACs are counted, all experts process all pixels.
+        When MACs are counted, all experts process all pixels. thop misses the gates.
         """
         pixels = inputs[0].numel() // inputs[0].shape[-1]
-        weights = sum(layer.weight.numel() for layer in self.experts[0].modules() if isinstance(layer, nn.Linear))
+        weight_count = sum(layer.weight.numel() for layer in self.experts[0].modules() if isinstance(layer, nn.Linear))
         not_selected = len(self.experts) - self.selected
-        return -not_selected * weights * pixels, self.gate.numel() * pixels
+        return -not_selected * weight_count * pixels, self.gate.numel() * pixels
 
     def _logits(self, x: Tensor, instruction: Tensor, weight: Tensor) -> Float[Tensor, "n experts"]:
         """Return ``[x, instruction] · weight`` for each pixel; ``weight`` is ``(2c, experts)``."""
@@ -178,8 +178,8 @@ class SpatialRouting(nn.Module):
     def _imbalance(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Float[Tensor, ""]:
         """Return the loss that balances the experts.
 
-        It is the sum of the squared coefficients of variation of two numbers per expert: the sum of its gates, and the
-        expected number of pixels that select it.
+        The loss is the sum of the squared coefficients of variation of two numbers per expert: the sum of its gates,
+        and the expected number of pixels that select the expert.
 
         Args:
             clean: Logits ``(n, experts)`` without noise.
@@ -274,7 +274,7 @@ class AMIR(Network):
         def level(channels: int, index: int, count: int) -> nn.Sequential:
             return nn.Sequential(*(TransformerBlock(channels, heads[index], expansion) for _ in range(count)))
 
-        index = {"level1": 0, "level2": 1, "level3": 2}
+        level_indices = {"level1": 0, "level2": 1, "level3": 2}
         widths = {"level1": dim, "level2": 2 * dim, "level3": 4 * dim}
         decoder_widths = {"level3": 4 * dim, "level2": 2 * dim, "level1": 2 * dim}  # in the order of computation
         routed_widths = {"latent": 8 * dim, **decoder_widths}
@@ -284,7 +284,7 @@ class AMIR(Network):
             {name: SpatialRouting(width, instruction, experts, selected, expansion) for name, width in widths.items()}
         )
         self.encoder = nn.ModuleDict(
-            {name: level(width, index[name], blocks[index[name]]) for name, width in widths.items()}
+            {name: level(width, level_indices[name], blocks[level_indices[name]]) for name, width in widths.items()}
         )
         self.downsample = nn.ModuleDict({name: Downsample(width) for name, width in widths.items()})
         self.latent = level(8 * dim, 3, blocks[3])
@@ -296,7 +296,10 @@ class AMIR(Network):
             {name: ChannelRouting(width, instruction) for name, width in routed_widths.items()}
         )
         self.decoder = nn.ModuleDict(
-            {name: level(width, index[name], blocks[index[name]]) for name, width in decoder_widths.items()}
+            {
+                name: level(width, level_indices[name], blocks[level_indices[name]])
+                for name, width in decoder_widths.items()
+            }
         )
         self.refinement = level(2 * dim, 0, refinement)
         self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=False)

@@ -101,7 +101,7 @@ class Network(nn.Module, ABC):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the arguments of ``__init__`` that the shapes of the authors' tensors determine.
+        """Return the arguments of ``__init__`` that names and shapes of the authors' tensors determine.
 
         Args:
             state: Tensors by the authors' names.
@@ -207,5 +207,5 @@ def count_numbered(state: Mapping[str, Tensor], pattern: str) -> int:
         >>> count_numbered({"body.0.weight": torch.zeros(1), "body.1.weight": torch.zeros(1)}, r"body\.(\d+)\.")
         2
     """
-    found = (re.match(pattern, name) for name in state)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    matches = (re.match(pattern, name) for name in state)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)

@@ -76,7 +76,7 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, y, weights[:, :, None, None])
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of means in thop, one per value and mean, and 0."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 
@@ -177,7 +177,7 @@ class RunTransformer(nn.Module):
         return cast(Tensor, x + self.feed_forward(self.norm2(x)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
+        """Return MACs to add, see `DerainModule.pass_once`: 0, and those of attention, which thop misses."""
         return 0, 2 * output[..., : self.reduce.out_features].numel() * output.shape[1]
 
 
@@ -242,11 +242,11 @@ class BackgroundTransformer(nn.Module):
         mask = mask.reshape(1, RUNS + 1, 1, 1, length).expand(b, -1, -1, -1, -1).flatten(0, 1)
         return self.repeat(padded, mask).reshape(b, -1, width)[:, :count]
 
-    def repeat(self, run: Float[Tensor, "n t d"], mask: Tensor | None = None) -> Float[Tensor, "n t d"]:
+    def repeat(self, runs: Float[Tensor, "n t d"], mask: Tensor | None = None) -> Float[Tensor, "n t d"]:
         """Apply the block repeatedly."""
         for _ in range(self.repeats):
-            run = self.block(run, mask)
-        return run
+            runs = self.block(runs, mask)
+        return runs
 
     def fold(self, patches: Float[Tensor, "b d n"], height: Any, width: Any) -> Float[Tensor, "b c h w"]:
         """Sum patches where they overlap."""

@@ -36,7 +36,7 @@ def halved(x: Float[Tensor, "b c h w"], dim: int) -> Float[Tensor, "b2 c h2 w2"]
 
 
 def joined(x: Float[Tensor, "b2 c h2 w2"], dim: int) -> Float[Tensor, "b c h w"]:
-    """Return the images from their halves: the inverse of `halved`."""
+    """Return images from their halves along dimension ``dim``: the inverse of `halved`."""
     return x.reshape(2, -1, *x.shape[1:]).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -95,7 +95,7 @@ class ChannelAttentionBlock(nn.Module):
         return cast(Tensor, residual.mul_(weights).add_(x))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: PReLU and mean; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of PReLU and mean in thop, and 0."""
         return 2 * output.numel() + output.shape[0] * output.shape[1], 0
 
 
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: bilinear downsampling; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of bilinear downsampling in thop, and 0."""
         return sum(BILINEAR * x.numel() // 4 for x in output[:-1]), 0
 
 
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         return features
 
     def extra_macs(self, inputs: tuple[Any, ...], output: list[Tensor]) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the cost of upsampling first; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those that upsampling first adds in thop, and 0."""
         return sum(cost_of_upsampling_first([conv], x, 1) for conv, x in zip(self.up, output[1:], strict=True)), 0
 
 
@@ -257,8 +257,8 @@ class OriginalResolution(nn.Module):
             """Return 1×1 convolutions for each level: from its width, through those of finer levels, to `channels`."""
             levels = nn.ModuleList()
             for level in range(len(widths)):
-                path = [*reversed(widths[: level + 1]), channels]
-                levels.append(nn.Sequential(*(convolution(inputs, outputs, 1) for inputs, outputs in pairwise(path))))
+                steps = pairwise([*reversed(widths[: level + 1]), channels])
+                levels.append(nn.Sequential(*(convolution(inputs, outputs, 1) for inputs, outputs in steps)))
             return levels
 
         self.from_encoder = projections()
@@ -283,12 +283,12 @@ class OriginalResolution(nn.Module):
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the cost of upsampling first; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those that upsampling first adds in thop, and 0."""
         _, encoded, decoded, _ = inputs
         operations = 0
         for projections, features in ((self.from_encoder, encoded), (self.from_decoder, decoded)):
-            for level, (path, x) in enumerate(zip(projections, features, strict=True)):
-                operations += cost_of_upsampling_first([*path.children()], x, level)
+            for level, (projection, x) in enumerate(zip(projections, features, strict=True)):
+                operations += cost_of_upsampling_first([*projection.children()], x, level)
         return operations, 0
 
 

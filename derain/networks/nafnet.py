@@ -4,7 +4,7 @@ Chen et al., Simple Baselines for Image Restoration, ECCV 2022, as published by 
 (github.com/dronefreak/clearview). Computed as by the authors, except that
 
 - tensors are ``(b, h, w, c)``, and without gradients, blocks process strips of rows;
-- the factor of a residual multiplies the weights of the residual's last convolution, not its result.
+- the factor of a residual multiplies the weights of the residual's last convolution, not the residual.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,8 +179,8 @@ class NAFNet(Network):
         middle_blocks: Number of blocks at the coarsest resolution.
         decoder_blocks: Number of blocks at each level of the decoder, finest first.
         kernel_size: Side of the depth-wise kernels; odd.
-        unshuffle: Factor by which the finest level is smaller than the image: each of its pixels is a square of the
-            image ("pixel unshuffle"). The skip connection around the network stays at full resolution.
+        unshuffle: Factor by which the finest level is smaller than the image: each pixel of the level is a square of
+            the image ("pixel unshuffle"). The skip connection around the network stays at full resolution.
         refinement_layers: Number of 3×3 convolutions between the first and the last one of the `Refinement`; 0 for no
             refinement.
 
@@ -190,8 +190,8 @@ class NAFNet(Network):
 
     References:
         NAFNet, Figures 2(c) and 3(d). By default ClearView's "nafnet", 14,344,483 parameters; its "nafnet-small" has
-        ``width`` 16 and 1 everywhere as the number of blocks, 1,137,203 parameters. ``kernel_size``, ``unshuffle`` and
-        ``refinement_layers`` are derain's own.
+        ``width`` 16, and one block at each level and in the middle: 1,137,203 parameters. ``kernel_size``,
+        ``unshuffle`` and ``refinement_layers`` are derain's own.
     """
 
     signature: ClassVar[str] = "encoders.0.0.sca.conv.weight"

@@ -123,13 +123,13 @@ class ImplicitRepresentation(nn.Module):
         return cast(Tensor, self.layers(x.permute(0, 2, 3, 1)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: three evaluations; 0.
+        """Return MACs to add, see `DerainModule.pass_once`: those of three evaluations, and 0.
 
-        The authors average four equal evaluations.
+        The authors average four equal evaluations of the MLP; derain evaluates it once.
         """
         layers = (self.first, *self.layers)
-        weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-        return 3 * weights * (output.numel() // 3), 0
+        weight_count = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+        return 3 * weight_count * (output.numel() // 3), 0
 
 
 class Feedback(nn.Module):
@@ -161,7 +161,7 @@ class Feedback(nn.Module):
         return cast(Tensor, total)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: gates of pixels that are not sampled; 0.
+        """Return MACs to add, see `DerainModule.pass_once`: those of the gates of pixels that are not sampled, and 0.
 
         The authors compute the gates of all pixels.
         """
@@ -385,6 +385,6 @@ def enlarged(x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c"]:
 
 def halved(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
     """Return the next level of the Gaussian pyramid: a binomial blur of 5×5 pixels, then means of 2×2 pixels."""
-    window = image.new_tensor([1, 4, 6, 4, 1]) / 16
-    kernel = torch.outer(window, window).expand(image.shape[1], 1, 5, 5)
+    binomial = image.new_tensor([1, 4, 6, 4, 1]) / 16
+    kernel = torch.outer(binomial, binomial).expand(image.shape[1], 1, 5, 5)
     return F.avg_pool2d(F.conv2d(F.pad(image, (2, 2, 2, 2), "reflect"), kernel, groups=len(kernel)), 2)

@@ -25,7 +25,7 @@ MAX_GRID = 64
 
 
 class NonLocal(nn.Module):
-    """Non-local attention: each pixel attends to the keys and values of its piece, which are max-pooled by 2.
+    """Non-local attention: each pixel attends to the keys and values of its piece, both max-pooled by 2.
 
     Args:
         channels: Number of channels.
@@ -33,7 +33,7 @@ class NonLocal(nn.Module):
         grid: Number of pieces along each side; 1 for attention to the whole map.
 
     Shape:
-        ``(b, channels, h, w)`` → same; ``h, w > grid``, so that the largest piece has at least 2×2 pixels.
+        ``(b, channels, h, w)`` → same; ``h, w > grid``, so that pieces have at least 2×2 pixels.
 
     References:
         NLEDN, eqs. 1 to 4: ``y = W softmax(θ(x)ᵀ φ(x)) g(x) + x``, without scaling.
@@ -66,7 +66,7 @@ class NonLocal(nn.Module):
         return cast(Tensor, self.project(whole) + x)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
+        """Return MACs to add, see `DerainModule.pass_once`: 0, and those of attention, which thop misses."""
         batch, _, height, width = output.shape
         rows, columns = ((side + self.grid - 1) // self.grid for side in (height, width))
         keys = (rows // 2) * (columns // 2)
@@ -103,7 +103,8 @@ class NonLocal(nn.Module):
         def inside(side: Any, length: Any) -> Tensor:
             """Return whether keys are inside along an axis of ``side`` pixels, ``(grid, keys)``.
 
-            A key is inside if both of its pixels are. So that no piece is without keys, its first key always is.
+            A key is inside if both of its pixels are. The first key of each piece counts as inside, so that no piece is
+            without keys.
             """
             key = torch.arange(length // 2, device=x.device)
             piece = torch.arange(grid, device=x.device)[:, None]
@@ -231,7 +232,7 @@ class NLEDN(Network):
         super().__init__()
         if len(grids) != 3 or not all(1 <= grid <= MAX_GRID for grid in grids):
             raise DerainError(f"grids {list(grids)}: expected three numbers from 1 to {MAX_GRID}, one per level")
-        # The largest piece of each level, and the map at 1/8 of the size, need at least 2×2 pixels.
+        # The pieces of each level, and the map at 1/8 of the size, need at least 2×2 pixels.
         self.smallest_side = max(16, *((grid + 1) << level for level, grid in enumerate(grids)))
 
         def block(grid: int) -> DenseBlock:

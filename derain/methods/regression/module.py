@@ -171,15 +171,15 @@ class RegressionModule(DerainModule):
         """
         for name in network_paths():
             network_class = cast(type[Network], find_network(name))
-            found = network_class.options_of(state)
-            if found is None:
+            network_options = network_class.options_of(state)
+            if network_options is None:
                 continue
             unknown = sorted(set(options) - network_class.published_options)
             if unknown:
                 expected = ", ".join(sorted(network_class.published_options)) or "none"
                 raise DerainError(f"{path}: option {unknown[0]}: unknown for {name}; expected {expected}")
             try:
-                module = cls(network=name, network_options={**found, **network_class.assume(path, options)})
+                module = cls(network=name, network_options=network_options | network_class.assume(path, options))
                 module.network.load_state_dict(network_class.translate(state), strict=True)
             except (DerainError, *BUILD_ERRORS) as error:
                 raise DerainError(
@@ -210,7 +210,7 @@ class RegressionModule(DerainModule):
             targets: Target of each output.
 
         Raises:
-            DerainError: If an output and its target differ in shape.
+            DerainError: If an output and its target differ in shape, except for the loss ``mean``.
         """
         terms = {}
         for output, weights in self.loss.items():
@@ -278,7 +278,8 @@ class RegressionModule(DerainModule):
         """Return the optimiser, and the schedule of its learning rate unless that is constant.
 
         Raises:
-            DerainError: If there is no such class, or a class does not accept its options.
+            DerainError: If there is no such class, a class does not accept its options, or the schedule needs the
+                length of the training, which is not set.
         """
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         options = {"lr": self.learning_rate, **self.optimizer_options}
@@ -325,7 +326,7 @@ def _loss(name: str, output: Tensor, target: Tensor, option: str) -> Tensor:
         option: Option that names the loss, for messages.
 
     Raises:
-        DerainError: If output and target differ in shape, which broadcasting would hide.
+        DerainError: If output and target differ in shape, which broadcasting would hide; not for the loss ``mean``.
     """
     if name != "mean" and output.shape != target.shape:
         raise DerainError(
@@ -380,11 +381,11 @@ def build_network(network_class: type[nn.Module], options: Mapping[str, Any]) ->
     return network_class(**options)
 
 
-def _build_with_options(kind: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
+def _build_with_options(class_: Any, first: Any, options: Mapping[str, Any], option: str) -> Any:
     """Build an optimiser or a schedule.
 
     Args:
-        kind: Class of the optimiser or schedule.
+        class_: Class of the optimiser or schedule.
         first: First argument: the parameters, or the optimiser.
         options: Further arguments.
         option: Option that contains the further arguments, for messages.
@@ -393,10 +394,10 @@ def _build_with_options(kind: Any, first: Any, options: Mapping[str, Any], optio
         DerainError: If the class does not accept the arguments.
     """
     try:
-        return kind(first, **options)
+        return class_(first, **options)
     except BUILD_ERRORS as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
-        raise DerainError(f"--model.{option}: {kind.__name__} does not accept {given} ({shorten(error)})") from error
+        raise DerainError(f"--model.{option}: {class_.__name__} does not accept {given} ({shorten(error)})") from error
 
 
 def _import(name: str, package: str, base: Any, option: str = "schedule") -> Any:
@@ -414,16 +415,15 @@ def _import(name: str, package: str, base: Any, option: str = "schedule") -> Any
     return registry.import_class(name if "." in name else f"{package}.{name}", f"--model.{option}", base)
 
 
-def _check_losses(weights: LossWeights) -> None:
-    known = ", ".join(LOSSES)
-    if not weights or not all(weights.values()):
-        raise DerainError(f"--model.loss {weights}: expected a loss, such as l1, or {{derained: {{l1: 1}}}}")
-    for output, terms in weights.items():
-        if not isinstance(terms, Mapping):
-            raise DerainError(f"--model.loss {output}: {terms}: expected weights by loss, such as {{l1: 1}}")
-        for name, weight in terms.items():
+def _check_losses(loss: LossWeights) -> None:
+    if not loss or not all(loss.values()):
+        raise DerainError(f"--model.loss {loss}: expected a loss, such as l1, or {{derained: {{l1: 1}}}}")
+    for output, weights in loss.items():
+        if not isinstance(weights, Mapping):
+            raise DerainError(f"--model.loss {output}: {weights}: expected weights by loss, such as {{l1: 1}}")
+        for name, weight in weights.items():
             if name not in LOSSES:
-                raise DerainError(f"--model.loss {output}.{name}: expected one of {known}")
+                raise DerainError(f"--model.loss {output}.{name}: expected one of {', '.join(LOSSES)}")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise DerainError(f"--model.loss {output}.{name} {weight}: expected a number, its weight")
 

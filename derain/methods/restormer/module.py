@@ -54,8 +54,8 @@ class RestormerModule(DerainModule):
         warm_up: Fraction of the optimiser steps in which the learning rate rises linearly; paper: 0.
         hold: Fraction of the optimiser steps in which the learning rate is constant after the warm-up; paper: 92/300.
         min_learning_rate: Final learning rate; paper: 1e-6.
-        mixup: ``beta`` of `mix_pairs`, which is applied to a random half of the batches; None: no mixup. The authors'
-            recipe for deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``).
+        mixup: ``beta`` of `mix_pairs`, applied to each batch with probability 1/2; None: no mixup. The authors' recipe
+            for deraining: 1.2 (``Options/Deraining_Restormer.yml``, ``mixing_augs``).
 
     Raises:
         DerainError: If an option is out of its range.
@@ -117,7 +117,7 @@ class RestormerModule(DerainModule):
         return module
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the mean absolute error; if ``mixup`` is set, that of mixed pairs for a random half of the batches."""
+        """Return the mean absolute error; if ``mixup`` is set, that of mixed pairs with probability 1/2."""
         rainy, clean = batch["rainy"], batch["clean"]
         if self.mixup is not None and torch.rand(()) < 0.5:
             rainy, clean = mix_pairs(rainy, clean, self.mixup)

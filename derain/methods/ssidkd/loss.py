@@ -14,8 +14,8 @@ def dark_channel(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor,
 
     Args:
         images: Images in any range.
-        window: Side of the window in pixels; windows are cut off at the border. If it is even, height and width of the
-            result are one pixel larger than those of the images.
+        window: Side of the window in pixels; windows are cut off at the border. If ``window`` is even, height and
+            width of the result are one pixel larger than those of the images.
 
     References:
         He et al., Single Image Haze Removal Using Dark Channel Prior, CVPR 2009, eq. 5.
@@ -28,7 +28,7 @@ def dark_channel(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor,
 def dark_channel_loss(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, ""]:
     """Return the sum of the dark channel of ``(images + 1) / 2``.
 
-    The authors map images from [-1, 1] to [0, 1], although the results of their network are in [0, 1], which halves the
+    The authors map images from [-1, 1] to [0, 1], although the results of their network are in [0, 1]. This halves the
     gradient. Their loss equals this one minus the number of values of the dark channel.
 
     Args:

@@ -26,11 +26,11 @@ LOSS: LossWeights = {"derained": {"l1": 20.0}}
 class SSIDKDModule(RegressionModule):
     """SSID-KD's semi-supervised stage, on pairs and on rainy images without ground truth (``--data.unlabelled``).
 
-    It continues from the weights of the supervised stage (``--weights``), which `RegressionModule` trains. Three terms
-    are added to the loss of the pairs. Dark channel and total variation, two priors of natural images, apply to the
-    results of the pairs and of the unlabelled images. Both are sums over pixels, so their default weights fit only
-    crops and batches of the authors' sizes: 2 crops of 128×128 pixels. The third term is the divergence between the
-    coarsest features of both kinds of images; it is a mean.
+    Training should start from weights of the supervised stage (``--weights``), in which `RegressionModule` trains the
+    network. Three terms are added to the loss of the pairs. Dark channel and total variation, two priors of natural
+    images, apply to the results of the pairs and of the unlabelled images. Both are sums over pixels, so their default
+    weights fit only crops and batches of the authors' sizes: 2 crops of 128×128 pixels. The third term is the
+    divergence between the coarsest features of both kinds of images; it is a mean.
 
     Args:
         network: Class of the network: ``SSIDKD``, or the path of a class that derives from it.
@@ -88,12 +88,12 @@ class SSIDKDModule(RegressionModule):
         self.save_hyperparameters()
         if not isinstance(self.network, SSIDKD):
             raise DerainError(f"--model.network {network}: expected SSIDKD, or a class that derives from it")
-        self.weights = {"dark_channel": dark_channel, "variation": variation, "divergence": divergence}
-        for name, weight in self.weights.items():
+        self.term_weights = {"dark_channel": dark_channel, "variation": variation, "divergence": divergence}
+        for name, weight in self.term_weights.items():
             if not 0 <= weight < math.inf:
                 raise DerainError(f"--model.{name} {weight}: expected a number of at least 0, its weight")
         if window < 1:
-            raise DerainError(f"--model.window {window}: must be at least 1")
+            raise DerainError(f"--model.window {window}: expected at least 1")
         self.window = window
 
     @classmethod
@@ -118,9 +118,10 @@ class SSIDKDModule(RegressionModule):
         real = cast(Network, self.network).outputs(batch["unlabelled"])
         terms = self.loss_terms(outputs, targets)
         with torch.autocast(batch["rainy"].device.type, enabled=False):
-            for name, image in (("synthetic", outputs["derained"].float()), ("real", real["derained"].float())):
-                terms[f"dark_channel_{name}"] = self.weights["dark_channel"] * dark_channel_loss(image, self.window)
-                terms[f"variation_{name}"] = self.weights["variation"] * total_variation(image)
+            for kind, results in (("synthetic", outputs["derained"].float()), ("real", real["derained"].float())):
+                dark_channel = dark_channel_loss(results, self.window)
+                terms[f"dark_channel_{kind}"] = self.term_weights["dark_channel"] * dark_channel
+                terms[f"variation_{kind}"] = self.term_weights["variation"] * total_variation(results)
             codes = outputs["code"].float(), real["code"].float()
-            terms["divergence"] = self.weights["divergence"] * divergence(*codes)
+            terms["divergence"] = self.term_weights["divergence"] * divergence(*codes)
         return self.log_terms(terms, batch)

@@ -33,9 +33,9 @@ class Posterior(NamedTuple):
 def posterior(latents: Float[Tensor, "b d"], examples: Float[Tensor, "b n d"], noise: float = NOISE) -> Posterior:
     """Return the posterior of a Gaussian process at each latent vector, given its own examples.
 
-    With the kernel ``k(u, v) = u · v / (|u| |v|)``, the Gram matrix K of the examples F, and the kernels k of a latent
-    vector z and the examples, the mean is ``kᵀ (K + noise I)⁻¹ F`` and the variance
-    ``k(z, z) - kᵀ (K + noise I)⁻¹ k + noise``. Both depend on z, and pass gradients to it.
+    With the kernel ``k(u, v) = u · v / (|u| |v|)``, the Gram matrix K of the examples F, and the vector c of the
+    kernels of a latent vector z and each example, the mean is ``cᵀ (K + noise I)⁻¹ F`` and the variance
+    ``k(z, z) - cᵀ (K + noise I)⁻¹ c + noise``. Both depend on z, and pass gradients to it.
 
     Args:
         latents: Latent vectors.

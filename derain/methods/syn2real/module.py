@@ -29,8 +29,8 @@ class Syn2RealModule(RegressionModule):
 
     A bank stores the features of the last labelled crops as latent vectors. A Gaussian process predicts the latent
     vectors of unlabelled crops from their nearest neighbours in the bank; the prediction is their pseudo ground truth
-    (`gaussian_process_loss`). The bank is part of checkpoints, but not of weights files. If several devices train, the
-    bank has the crops of all of them.
+    (`gaussian_process_loss`). The bank is saved in checkpoints, but not in weights files. If several devices train, the
+    bank has the features of the crops of all devices.
 
     Args:
         network: Class of the network: ``Syn2Real``, or the path of a class that derives from it.
@@ -151,8 +151,8 @@ class Syn2RealModule(RegressionModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "count"):
             return 0.5
-        labelled, unlabelled = data.count("train") * data.repeat, data.count("unlabelled")
-        return float(unlabelled / (labelled + unlabelled))
+        labelled_count, unlabelled_count = data.count("train") * data.repeat, data.count("unlabelled")
+        return float(unlabelled_count / (labelled_count + unlabelled_count))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the loss of the pairs, that of the unlabelled images, or the sum of both, depending on the phase."""
@@ -177,7 +177,7 @@ class Syn2RealModule(RegressionModule):
             return gaussian_process_loss(latents, labelled, self.neighbours)
 
     def _fits_bank(self, images: Float[Tensor, "b 3 h w"]) -> bool:
-        """Return whether the bank has latent vectors of crops of this size.
+        """Return whether features of these crops have the size of those in the bank.
 
         If not, `training_step` trains on the pairs of the batch, which fill the bank.
         """
@@ -216,6 +216,6 @@ class Syn2RealModule(RegressionModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the bank if training resumes."""
         super().on_load_checkpoint(checkpoint)
-        bank = checkpoint.get("bank")
-        if self.is_fitting and bank is not None:
-            self.labelled, self.position = bank["labelled"], bank["position"]
+        saved = checkpoint.get("bank")
+        if self.is_fitting and saved is not None:
+            self.labelled, self.position = saved["labelled"], saved["position"]
