@@ -119,7 +119,7 @@ class DerainModule(TrainableModule, ABC):
     def export_graph(self) -> Graph:
         """Return the function that ``derain export`` writes; by default ``forward`` without conditions.
 
-        A method whose exported graph is one step of a diffusion implements `RunsGraph`.
+        A diffusion whose exported graph is its network implements `RunsGraph`.
 
         Raises:
             DerainError: If the method cannot be exported; never by default.

@@ -74,13 +74,13 @@ def locate(name: Path | str) -> Path:
             derain records for it.
     """
     file, _ = split_options(name)
-    kind, _, hub_name = file.partition(":")
+    prefix, _, hub_name = file.partition(":")
     model = public_model(name)
     if model is not None:
         if model.sha256 is None:
             log.warning("%s: file not verified; no SHA-256 is recorded for this model", file)
         return fetch_weights(model.hub, model.file, licence=model.licence, sha256=model.sha256)
-    if kind == "hub" and hub_name:
+    if prefix == "hub" and hub_name:
         return fetch_weights(hub_name)
     return bundled().get(file, Path(file))
 
@@ -105,7 +105,8 @@ def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
         name: File or name that `locate` accepts. Options that the file does not record follow its name:
             ``FILE:stages=5,variant=PReNet_LSTM``.
         method: Class of a method or network from outside derain that the file may belong to, or its path, such as
-            ``my_method.MyModule``. A file of another method is loaded too, with a warning.
+            ``my_method.MyModule``. A file of another method is loaded too; if ``method`` is a method, a warning is
+            logged.
 
     Raises:
         DerainError: If the file is absent, damaged, of no known method, or contains NaN or infinity; if it cannot be
@@ -132,7 +133,8 @@ def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
             among the known methods.
 
     Raises:
-        DerainError: If the file is not a checkpoint of derain, is damaged, or does not fit its method.
+        DerainError: If the file is not a checkpoint of derain, is damaged, belongs to no known method, or does not fit
+            its method.
     """
     content = read(path)
     if content.kind != "checkpoint":
@@ -154,24 +156,24 @@ def _load(name: Path | str, named: type[TrainableModule] | None) -> LoadedMethod
     suffix = path.suffix.lower()
     if suffix == ".pt2":
         raise DerainError(f"{path}: a torch.export program, which derain does not load; use weights or ONNX instead")
-    unknown_options = DerainError(f"{name}: options that this file does not accept; use {path} without them")
+    options_error = DerainError(f"{name}: options that this file does not accept; use {path} without them")
     if suffix == ".onnx" and path.is_file():
         if options:
-            raise unknown_options
+            raise options_error
         return LoadedMethod(*onnx_model.load(path))
     content = read(path)
     if content.metadata:
         if options:
-            raise unknown_options
+            raise options_error
         return _from_metadata(path, content, named)
     if content.kind == "published":
         published = _from_published(path, content, options)
         if published is not None:
             if set(options) - published.published_options:
-                raise unknown_options
+                raise options_error
             return LoadedMethod(published, _note(content, published))
     if options:
-        raise unknown_options
+        raise options_error
     return _from_spandrel(path, content)
 
 

@@ -22,7 +22,7 @@ from derain.images import Pixels
 log = logging.getLogger("derain")
 
 PREPROCESSING_VERSION = 2
-"""Version of the image preprocessing, on which the file of cached similarities depends."""
+"""Version of the image preprocessing, on which the name of the file of cached similarities depends."""
 
 
 def clip_model(alternative: str) -> HubModel:
@@ -46,8 +46,8 @@ def clip_model(alternative: str) -> HubModel:
 def resize_and_crop_geometry(height: int, width: int, shortest: int, crop: int) -> tuple[int, int, int, int]:
     """Return the size after resizing and the position of the centre crop, as torchvision computes them.
 
-    CLIP's authors and open_clip use torchvision. Unlike transformers, it rounds a position that ends in .5 to the
-    nearest even number.
+    CLIP's authors and open_clip use torchvision. Unlike transformers, torchvision rounds a position that ends in .5 to
+    the nearest even number.
 
     Args:
         height: Height of the image, in pixels.

@@ -33,7 +33,7 @@ def position(module: LightningModule, names: Sequence[str] | None) -> str:
 
     Args:
         module: The module that is trained.
-        names: Names of the images, empty if the batch has none; None if another device has the images.
+        names: Names of the images, empty if the batch has no names; None if another device has the images.
     """
     step = f"epoch {module.current_epoch}, step {module.global_step}"
     if names is None:
@@ -82,18 +82,18 @@ class FiniteCheck:
             L2 norm of all gradients of the optimiser, ``()``.
 
         Raises:
-            DerainError: If a loss or a gradient that is not accepted is not finite, on any device.
+            DerainError: If, on any device, a loss is not finite, or a gradient is not finite and not accepted.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        losses = torch.stack([loss.float().to(norm.device) for loss in self.losses] or [norm.new_zeros(())]).sum()
+        total = torch.stack([loss.float().to(norm.device) for loss in self.losses] or [norm.new_zeros(())]).sum()
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         scaled = scaler is not None and scaler.get_scale() > 1
-        finite = bool((losses if scaled else losses + norm).isfinite())
+        finite = bool((total if scaled else total + norm).isfinite())
         self.losses.clear()
         self._stepped = True
         if not module.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            quantity = "gradient" if losses.isfinite() else "loss"
+            quantity = "gradient" if total.isfinite() else "loss"
             raise DerainError(
                 f"{quantity} is not finite at {position(module, None if finite else self.names)}; {REMEDY}"
             )

@@ -18,7 +18,7 @@ class Graph(nn.Module):
 
     Args:
         method: Module whose parameters the function uses.
-        function: Function that receives the inputs in order and returns one image; by default ``method`` itself.
+        function: Function that receives the inputs in order and returns ``(1, 3, h, w)``; by default ``method`` itself.
         inputs: Names of the inputs: ``rainy`` alone, or those of `derain.methods.interfaces.RunsGraph`. ``rainy`` and
             ``state`` are images, ``times`` is ``(1,)``, all others are vectors ``(1, context)``.
         context: Length of the vectors; ignored if there are none.

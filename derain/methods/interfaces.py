@@ -1,4 +1,4 @@
-"""Interfaces of methods with routes, sampling, explanations, or an exported graph that is one step of a diffusion.
+"""Interfaces of methods with routes, sampling or explanations, and of diffusions whose network can be exported.
 
 Commands and `Restorer` test for an interface by ``isinstance``.
 """
@@ -110,7 +110,7 @@ class Explains(ABC):
 
 
 class RunsGraph(ABC):
-    """Interface of diffusions whose exported graph is one step; running it many times restores an image.
+    """Interface of diffusions whose exported graph is the network; a restoration runs the graph once per step.
 
     The inputs of the graph are ``state``, ``rainy`` and ``times`` in this order, then optionally ``content`` and
     ``degradation``. The last two are vectors whose length is the hyper-parameter ``context``. Graphs of all other

@@ -74,16 +74,18 @@ class Costs:
         self.nodes = list(model.graph.node)
         self.opsets = list(model.opset_import)
         self.version = next((opset.version for opset in self.opsets if opset.domain in {"", "ai.onnx"}), 1)
-        self.weights: dict[str, Any] = {}
-        self.small: dict[str, Any] = {}
+        self.weight_types: dict[str, Any] = {}
+        self.small_weights: dict[str, Any] = {}
         for tensor in model.graph.initializer:
-            self.weights[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
+            self.weight_types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
             if math.prod(tensor.dims) <= SMALL:
-                self.small[tensor.name] = numpy_helper.to_array(tensor)
+                self.small_weights[tensor.name] = numpy_helper.to_array(tensor)
         self.last_uses: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
             self.last_uses |= dict.fromkeys((*node.output, *node.input), index)
-        self.inputs = {value.name: value.type for value in model.graph.input if value.name not in self.weights}
+        self.input_types = {
+            value.name: value.type for value in model.graph.input if value.name not in self.weight_types
+        }
         self.weight_elements = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
     def check(self, height: int, width: int) -> None:
@@ -131,11 +133,11 @@ class Costs:
         pixels = max(height * width, math.prod(LOADING_SIZES[0]))
         extra = 2 * self.weight_elements
         self.size = (height, width)
-        self.types = dict(self.weights)
-        for name, input_type in self.inputs.items():
+        self.types = dict(self.weight_types)
+        for name, input_type in self.input_types.items():
             self.types[name] = _sized(input_type, height, width)
-        self.values = dict(self.small)
-        constant = {*self.weights, ""}  # values that onnxruntime may compute when it loads the graph
+        self.values = dict(self.small_weights)
+        constant = {*self.weight_types, ""}  # values that onnxruntime may compute when it loads the graph
         live_sizes: dict[str, int] = {}
         live = folded = folded_operations = operations = 0
         for index, node in enumerate(self.nodes):
@@ -162,7 +164,10 @@ class Costs:
                 raise ValueError(f"more than {operations:,} operations on an image of {width}×{height} pixels")
 
     def _is_fixed(self, node: Any) -> bool:
-        """Return whether a ``Shape`` or ``Size`` node has the same result as for another image size (is constant)."""
+        """Return whether a ``Shape`` or ``Size`` node is constant: whether another image size gave the same shape.
+
+        Compares with the first check that reached the node. False in this check, and for nodes of other types.
+        """
         if node.op_type not in {"Shape", "Size"}:
             return False
         shape = self._shape(node.input[0]) if node.op_type == "Size" else self.values[node.output[0]].tolist()
@@ -170,13 +175,13 @@ class Costs:
         return first_size != self.size and first_shape == shape
 
     def _infer(self, node: Any) -> Sequence[Sequence[int]]:
-        """Infer the types of a node's outputs, and their values if they are small; return their shapes."""
+        """Infer the types of a node's outputs, compute their values if these are small, and return their shapes."""
         from onnx import defs, numpy_helper, shape_inference
 
-        input_types = {name: self.types[name] for name in node.input if name}
-        inputs = {name: numpy_helper.from_array(self.values[name]) for name in input_types if name in self.values}
+        types = {name: self.types[name] for name in node.input if name}
+        values = {name: numpy_helper.from_array(self.values[name]) for name in types if name in self.values}
         schema = defs.get_schema(node.op_type, self.version, "")
-        inferred = shape_inference.infer_node_outputs(schema, node, input_types, inputs, opset_imports=self.opsets)
+        inferred = shape_inference.infer_node_outputs(schema, node, types, values, opset_imports=self.opsets)
         shapes = []
         for name in filter(None, node.output):
             shape = _known_shape(inferred.get(name))
@@ -184,7 +189,7 @@ class Costs:
                 raise ValueError(f"{_name(node)}: shape cannot be inferred from the image size")
             self.types[name] = inferred[name]
             shapes.append(shape)
-        known = node.op_type == "Shape" or all(name in self.values for name in input_types)
+        known = node.op_type == "Shape" or all(name in self.values for name in types)
         if known and node.op_type in COMPUTED and sum(map(math.prod, shapes)) <= SMALL:
             self._compute(node)
         return shapes
@@ -215,29 +220,29 @@ class Costs:
     def _shape(self, name: str) -> list[int]:
         return [dimension.dim_value for dimension in self.types[name].tensor_type.shape.dim]
 
-    def _operations(self, node: Any, outputs: Sequence[Sequence[int]]) -> int:
+    def _operations(self, node: Any, output_shapes: Sequence[Sequence[int]]) -> int:
         """Estimate the multiply-adds of a node; an overestimate is preferred.
 
         Args:
             node: The node.
-            outputs: Shapes of its outputs.
+            output_shapes: Shapes of the node's outputs.
         """
         from onnx import helper
 
-        inputs = [self._shape(name) for name in node.input if name]
-        largest = max((math.prod(shape) for shape in (*inputs, *outputs)), default=0)
-        elements = sum(math.prod(shape) for shape in outputs)
+        input_shapes = [self._shape(name) for name in node.input if name]
+        largest = max((math.prod(shape) for shape in (*input_shapes, *output_shapes)), default=0)
+        elements = sum(math.prod(shape) for shape in output_shapes)
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "Conv":
-            return elements * math.prod(inputs[1][1:])
+            return elements * math.prod(input_shapes[1][1:])
         if node.op_type == "ConvTranspose":
-            return math.prod(inputs[0]) * math.prod(inputs[1][1:])
+            return math.prod(input_shapes[0]) * math.prod(input_shapes[1][1:])
         if node.op_type == "MatMul":
-            return elements * inputs[0][-1]
+            return elements * input_shapes[0][-1]
         if node.op_type == "Gemm":
-            return elements * inputs[0][0 if attributes.get("transA") else 1]
+            return elements * input_shapes[0][0 if attributes.get("transA") else 1]
         if node.op_type == "Einsum":
-            return _product_of_indices(attributes["equation"].decode(), inputs)
+            return _product_of_indices(attributes["equation"].decode(), input_shapes)
         if node.op_type in {"AveragePool", "MaxPool"}:
             return elements * int(math.prod(map(abs, attributes["kernel_shape"])))
         return largest * (16 if node.op_type == "Resize" else 1)  # bicubic interpolation reads 16 pixels
@@ -255,6 +260,9 @@ def _known_shape(value_type: Any) -> list[int] | None:
 
 def _product_of_indices(equation: str, shapes: Sequence[Sequence[int]]) -> int:
     """Return the product of the sizes of all indices of an Einsum: its number of multiply-adds.
+
+    Raises:
+        ValueError: If the indices do not fit the shapes.
 
     Example:
         >>> _product_of_indices("ab, bc -> ac", [[2, 3], [3, 5]])

@@ -35,7 +35,7 @@ INPUT_NAMES = (
     ["state", "rainy", "times", "degradation"],
     ["state", "rainy", "times", "content", "degradation"],
 )
-"""Supported inputs of a graph, in order. ``rainy`` alone: restoration in one pass; others: one step of a diffusion."""
+"""Supported inputs of a graph, in order. ``rainy`` alone: restoration in one pass; others: network of a diffusion."""
 
 
 class GraphMetadata(TypedDict):
@@ -108,11 +108,11 @@ def _check_operators(path: Path, model: Any) -> None:
 
 
 def _check_interface(path: Path, graph: Any, metadata: Mapping[str, Any]) -> None:
-    """Check names and shapes of the inputs, and that the only output is an image."""
+    """Check names and shapes of the inputs, and that the only output has the shape of an image."""
     from onnx import TensorProto
 
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = {value.name: value for value in graph.input if value.name not in weights}
+    weight_names = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: value for value in graph.input if value.name not in weight_names}
     expected = list(metadata["graph"]["inputs"])
     if expected not in INPUT_NAMES or list(inputs) != expected:
         found, recorded = (shorten(", ".join(names)) for names in (inputs, expected))

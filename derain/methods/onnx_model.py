@@ -82,8 +82,9 @@ class OnnxNetwork(nn.Module):
             Results of the graph, ``(b, 3, h, w)``, on the device of the first tensor.
 
         Raises:
-            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this image size, or returns
-                another shape; or if the tensors are on a GPU and onnxruntime is installed without CUDA.
+            DerainError: If the graph cannot be run, exceeds the limits of `Costs` at this image size, or its result
+                does not have the shape of the images; or if the tensors are on a GPU and onnxruntime is installed
+                without CUDA.
             MemoryError: If memory is insufficient.
         """
         images = inputs[0]
@@ -113,7 +114,7 @@ class OnnxNetwork(nn.Module):
             raise DerainError(f"{self.path}: cannot be run ({shorten(error)}); export it again") from error
 
     def _use(self, device: torch.device) -> None:
-        """If the device is another GPU than before, run the graph there from now on."""
+        """If the device is a GPU other than that of the session, run the graph there from now on."""
         if device.type != "cuda" or self.gpu == device:
             return
         session = self._open(*_gpu_first(device.index))
@@ -201,22 +202,24 @@ def load(path: Path) -> tuple[DerainModule, str]:
         The method in eval mode, and its description for messages.
 
     Raises:
-        DerainError: If `OnnxNetwork` refuses the file; if its method is not known, or does not fit the metadata.
+        DerainError: If `OnnxNetwork` refuses the file; or, for a network of a diffusion, if the method is not known or
+            does not fit the metadata.
     """
     network = OnnxNetwork(path)
     metadata = network.metadata
-    graph = metadata["graph"]
-    if graph["inputs"] == ["rainy"]:  # the graph computes ``forward``; the class of the method is not needed
+    graph_metadata = metadata["graph"]
+    if graph_metadata["inputs"] == ["rainy"]:  # the graph computes ``forward``; the class of the method is not needed
         module: DerainModule = OnnxModule(network)
     else:
         module = _with_graph(path, network)
-    routes = list(graph.get("routes", ()))
+    routes = list(graph_metadata.get("routes", ()))
     counts = metadata.get("route_counts") or ()
     for route in routes:
         if isinstance(counts, list) and 0 <= route < len(counts) and counts[route] == 0:
             log.warning("%s: route %d was not trained; expect a poor result", path, route)
     suffix = "".join(f", route {route}" for route in routes)
-    return module.eval(), f"{shorten(metadata['method'], 60)} as ONNX ({graph['parameters']:,} parameters{suffix})"
+    parameters = f"{graph_metadata['parameters']:,} parameters{suffix}"
+    return module.eval(), f"{shorten(metadata['method'], 60)} as ONNX ({parameters})"
 
 
 def _with_graph(path: Path, network: OnnxNetwork) -> DerainModule:

@@ -1,7 +1,7 @@
 """Registry of methods: those of derain, those of installed packages, and those that the user names.
 
-Methods are registered by class path and imported when needed. A weights file never causes the import of a module that
-neither derain, nor an installed package, nor the user has named.
+Methods are registered by class path and imported when needed. A weights file can cause the import only of modules that
+derain, an installed package or the user has named.
 """
 
 import importlib
@@ -97,8 +97,8 @@ def use_method(name: str | type, argument: str = "method") -> Any:
     method = _import(name, argument) if isinstance(name, str) else name
     if not _is_method(method) and not _is_network(method):
         raise ArgumentError(
-            f"{argument} {name}: not a method; expected a class that derives from derain.DerainModule, or a network "
-            "(torch.nn.Module) for RegressionModule; name such a class"
+            f"{argument} {name}: not a method; expected a class that derives from DerainModule or TrainableModule "
+            "(derain.methods), or a network (torch.nn.Module) for RegressionModule; name such a class"
         )
     _named[class_path(method)] = method
     if isinstance(name, str):
@@ -117,7 +117,7 @@ def import_class(path: str, option: str, base: type) -> Any:
     Args:
         path: Path of the class, such as ``torch.optim.AdamW``.
         option: Option that contains the path, for messages.
-        base: Class that the class must derive from.
+        base: Required base class.
 
     Raises:
         ArgumentError: If the class cannot be imported, or does not derive from ``base``.
@@ -144,11 +144,11 @@ def add_current_folder(path: str) -> None:
         sys.path.append(folder)
 
 
-def find(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """Return the known class that wrote a file: the class of the recorded path, otherwise that of the same name.
+def find(file: Path, metadata: Mapping[str, Any]) -> Any:
+    """Return the known class that wrote a file: that of the recorded path, otherwise that of the recorded name.
 
     Args:
-        path: The file, for messages.
+        file: The weights file, for messages.
         metadata: Metadata of the file, with ``method`` and, unless it was written before 0.1, ``class_path``.
 
     Raises:
@@ -169,27 +169,27 @@ def find(path: Path, metadata: Mapping[str, Any]) -> Any:
         if len(same_name) > 1:
             paths = " and ".join(map(class_path, same_name))
             raise DerainError(
-                f"{path}: was written by {shorten(origin, 100)}; {paths} have this name; choose one by --method"
+                f"{file}: was written by {shorten(origin, 100)}; {paths} have this name; choose one by --method"
             )
         if same_name:
             return same_name[0]
-    raise _unknown(path, name, metadata.get("class_path"))
+    raise _unknown(file, name, metadata.get("class_path"))
 
 
-def _unknown(path: Path, name: str, origin: str | None) -> DerainError:
+def _unknown(file: Path, name: str, origin: str | None) -> DerainError:
     """Return the error for a file of a class that is not known.
 
     Args:
-        path: The file, for the message.
+        file: The weights file, for the message.
         name: Name of the class.
         origin: Class path; None for files written before 0.1.
     """
-    written_by = f"{path}: was written by the method {shorten(origin or name, 100)}"
+    written_by = f"{file}: was written by the method {shorten(origin or name, 100)}"
     if origin is not None and not is_importable(origin):
         short = shorten(name, 60)
         return DerainError(
-            f"{written_by}, which a script or notebook defines; in Python, use Restorer(file, method={short}); for "
-            f"commands, move the class to a module and add --method MODULE.{short}"
+            f"{written_by}, which a script, notebook or function defines; in Python, use "
+            f"Restorer(file, method={short}); for commands, move the class to a module and add --method MODULE.{short}"
         )
     known = ", ".join(method.__name__ for method in methods())
     module = shorten(origin, 100) if origin else f"MODULE.{shorten(name, 60)}"
@@ -240,7 +240,7 @@ def _installed(name: str | None = None) -> list[Any]:
         if _is_method(method):
             classes.append(method)
         else:
-            _report_broken(entry, "not a DerainModule")
+            _report_broken(entry, "not a TrainableModule")
     return classes
 
 
@@ -284,6 +284,10 @@ def _import(name: str, argument: str) -> Any:
 
 def _import_module(name: str, given: str) -> Any:
     """Import a module; return None if there is none of this name.
+
+    Args:
+        name: Path of the module.
+        given: Argument or option with its value, for messages.
 
     Raises:
         ArgumentError: If the module exists, but its import fails.

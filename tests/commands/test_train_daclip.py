@@ -242,7 +242,7 @@ def test_the_contrast_of_two_processes_is_that_of_one_large_batch(workdir):
         "        images = whole[mine].clone().requires_grad_()\n"
         "        loss = self._contrast(images, texts[mine], torch.tensor(5.0), 'captions')\n"
         "        grad, = torch.autograd.grad(loss, images)\n"
-        "        f = self._features(texts)\n"
+        "        f = self._text_embeddings(texts)\n"
         "        full = whole.clone().requires_grad_()\n"
         "        same = torch.tensor([[x == y for y in texts] for x in texts])\n"
         "        one = contrastive_loss(full, f, torch.tensor(5.0), same)\n"

@@ -133,15 +133,15 @@ def mask_loss(
     """
     mask = pad_to_multiple(_widened(mask), 8)
     losses = []
-    for level in logits:
-        factor = mask.shape[2] // level.shape[2]
+    for level_logits in logits:
+        factor = mask.shape[2] // level_logits.shape[2]
         if scaling == "nearest":
             target = mask[..., ::factor, ::factor]
         elif scaling == "area":
             target = F.avg_pool2d(mask, factor)
         else:
             target = F.max_pool2d(mask, factor)
-        losses.append(F.binary_cross_entropy_with_logits(_widened(level), target))
+        losses.append(F.binary_cross_entropy_with_logits(_widened(level_logits), target))
     return losses
 
 

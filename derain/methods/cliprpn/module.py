@@ -55,7 +55,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
 
     Args:
         perception: How routes are chosen: ``clip``: by CLIP; ``fixed``: all images take ``route``; ``none``: the
-            network has a single route, or none without ``mgca`` (Table 10 without RPN).
+            network has a single route, or no route without ``mgca`` (Table 10 without RPN).
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         prompts: Name of a set in `derain.methods.cliprpn.prompts.PROMPTS` (``1``, ``2``, ``2-long``, ``3``,
             ``3-distortion``, ``rain``, ``intensity``), or a list of texts, one per route.
@@ -74,8 +74,8 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         dim: Channels of Restormer at the finest level.
         blocks: Transformer blocks of each of the four levels.
         refinement: Transformer blocks at full resolution after the decoder.
-        heads: Attention heads of each of the four levels; must divide its channels.
-        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        heads: Attention heads of each of the four levels; must divide the channels of the level.
+        expansion: Ratio of hidden channels to input channels in the feed-forward networks.
         loss: Reconstruction loss, one of Table 11: ``dls``, ``l1``, ``l2`` or ``huber``.
         beta: Exponent of ``dls`` at the start; section 4.2: 0.8.
         eta: Increase of the exponent from start to end; section 4.2: 2.3.
@@ -151,15 +151,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         super().__init__()
         self.save_hyperparameters()
         texts = texts_of(prompts)
-        routes = len(texts) if perception != "none" else int(mgca)
+        route_count = len(texts) if perception != "none" else int(mgca)
         if not 0 <= warm_up < 1:
             raise DerainError(f"--model.warm_up {warm_up}: expected a share of the training, at least 0 and below 1")
         self.network: CLIPRPN = CLIPRPN(
-            routes, mgca, interaction, residual, spatial_kernel, dim, blocks, refinement, heads, expansion
+            route_count, mgca, interaction, residual, spatial_kernel, dim, blocks, refinement, heads, expansion
         )
         self.maps = tuple(f"mask at 1/{2**level}" for level in (1, 2, 3)) if len(self.network.masks) else ()
         rain_perception = RainPerception(clip, texts, similarity) if perception == "clip" else None
-        self.routing = Routing(routes, rain_perception, route if perception == "fixed" else 0)
+        self.routing = Routing(route_count, rain_perception, route if perception == "fixed" else 0)
         self.route_counts: list[int] | None = [0] * len(self.network.routes)
         self._new_counts = [0] * len(self.network.routes)  # counts of this process since the last `_sum_counts`
 
@@ -172,7 +172,7 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         self.routing.check()
 
     def encode(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Any]:
-        """Return ``routes`` of whole images and, if CLIP chose them, their ``similarities`` to the prompts.
+        """Return ``routes`` of whole images and, if CLIP chose the routes, ``similarities`` of images to prompts.
 
         If ``route_by`` is ``patch``, the result is empty: ``forward`` chooses the route of each image or tile.
         """

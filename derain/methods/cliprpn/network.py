@@ -56,7 +56,7 @@ class MaskGuidedCrossAttention(nn.Module):
 
     Args:
         channels: Channels of the features.
-        heads: Attention heads of the three cross-attentions.
+        heads: Attention heads of each of the three cross-attentions.
         interaction: ``prose``, the reading of the paper's text: channel weights of the rain-free branch scale the rainy
             branch, and pixel weights of the rainy branch scale the rain-free branch. ``swapped``: channel weights of
             the rainy branch scale the rain-free branch, and pixel weights of the rain-free branch scale the rainy
@@ -113,7 +113,7 @@ class MaskGuidedCrossAttention(nn.Module):
         return cast(Tensor, weights.sigmoid()[:, None, None])
 
     def pixel_weights(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w 1"]:
-        """Return the weight of each pixel in [0, 1], eq. 11; the paper does not say how its two maps become one."""
+        """Return the weight of each pixel in [0, 1], eq. 11; the paper does not say how the two maps become one."""
         pooled = torch.stack((x.mean(-1), x.amax(-1)), dim=-1)
         if self.weigh_pixels is None:
             return pooled.mean(-1, keepdim=True).sigmoid()
@@ -145,7 +145,7 @@ class CLIPRPN(nn.Module):
         blocks: Transformer blocks of the four levels.
         refinement: Transformer blocks at full resolution after the decoder.
         heads: Attention heads of the four levels.
-        expansion: Hidden channels of the feed-forward networks divided by their channels.
+        expansion: Ratio of hidden channels to input channels in the feed-forward networks.
 
     Shape:
         ``(b, 3, h, w)`` in [0, 1], any ``h, w >= 1`` → `Restored`.
@@ -242,5 +242,5 @@ def mask_maps(logits: Sequence[Float[Tensor, "b 1 _ _"]], height: int, width: in
     """
     finest = logits[-1]
     size = (finest.shape[2] * 2, finest.shape[3] * 2)
-    maps = [nn.functional.interpolate(level.float().sigmoid(), size) for level in reversed(logits)]
+    maps = [nn.functional.interpolate(level_logits.float().sigmoid(), size) for level_logits in reversed(logits)]
     return torch.cat(maps, dim=1)[:, :, :height, :width]

@@ -48,8 +48,8 @@ class RainPerception:
 
     @cached_property
     def _file(self) -> Path:
-        key = json.dumps([self.clip.sha256, self.texts, self.similarity, PREPROCESSING_VERSION])
-        return cache_folder() / "routes" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+        settings = json.dumps([self.clip.sha256, self.texts, self.similarity, PREPROCESSING_VERSION])
+        return cache_folder() / "routes" / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.jsonl"
 
     @cached_property
     def _cached(self) -> dict[str, list[float]]:
@@ -110,7 +110,7 @@ class RainPerception:
     def all_similarities(
         self, images: Iterable[Pixels], device: torch.device | None = None, cache: bool = True
     ) -> Float[Tensor, "n m"]:
-        """Return the similarity of any number of images to each prompt, on the CPU; they are processed in batches.
+        """Return the similarity of any number of images to each prompt, on the CPU; images are processed in batches.
 
         Arguments and exceptions are those of `similarities`.
         """

@@ -113,7 +113,7 @@ class Routing:
         return counts is not None and route < len(counts) and counts[route] == 0
 
     def warn_untrained(self, routes: Iterable[int]) -> None:
-        """Log a warning for each untrained route, once per route."""
+        """Log a warning about each untrained route; only one per route."""
         untrained = {route for route in routes if self.untrained(route)}
         trained = [str(route) for route in range(self.count) if not self.untrained(route)]
         advice = f"; use --route {' or --route '.join(trained)}" if trained else ""

@@ -26,13 +26,13 @@ class FrozenBLIP:
     Decoding is greedy, without random sampling.
 
     Args:
-        name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory in that
-            form.
+        name: Id on the Hugging Face hub (``Salesforce/blip-image-captioning-large``) or a local directory with
+            the same files.
         max_tokens: Maximum length of a caption, in tokens.
 
     Raises:
-        DerainError: On first use, if BLIP is incomplete or damaged, can be neither found nor fetched, or cannot write
-            captions of ``max_tokens`` tokens.
+        DerainError: On first use, if BLIP is incomplete or damaged, can be neither found nor downloaded, or cannot
+            write captions of ``max_tokens`` tokens.
     """
 
     def __init__(self, name: str, max_tokens: int = 32) -> None:
@@ -40,7 +40,7 @@ class FrozenBLIP:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the model; on first access, it is fetched from the hub if necessary, with a log message."""
+        """Directory of the model; on first access, downloaded from the hub if necessary, with a log message."""
         return BLIP.folder(self.name)
 
     @cached_property

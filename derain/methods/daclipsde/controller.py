@@ -62,30 +62,30 @@ class Controller(nn.Module):
     output of the copy itself; the zero-initialised layers do not affect it.
 
     Args:
-        clip: ``CLIPModel`` of transformers.
+        clip_model: ``CLIPModel`` of transformers.
         order: Order in which blocks of the copy are connected to frozen blocks. ``aligned``: the first block to the
             first, and so on; ``reversed``: the last block of the copy to the first frozen block, and so on, as in the
             authors' code.
     """
 
-    def __init__(self, clip: Any, order: Order = "reversed") -> None:
+    def __init__(self, clip_model: Any, order: Order = "reversed") -> None:
         super().__init__()
         self.order = order
-        self.vision: Any = copy.deepcopy(clip.vision_model)
-        self.projection: nn.Linear = copy.deepcopy(clip.visual_projection)
-        width = clip.config.vision_config.hidden_size
+        self.vision: Any = copy.deepcopy(clip_model.vision_model)
+        self.projection: nn.Linear = copy.deepcopy(clip_model.visual_projection)
+        width = clip_model.config.vision_config.hidden_size
         self.zero = nn.ModuleList(nn.Linear(width, width) for _ in self.vision.encoder.layers)
         for layer in self.zero:
             nn.init.zeros_(cast(nn.Linear, layer).weight)
             nn.init.zeros_(cast(nn.Linear, layer).bias)
-        self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone())
+        self.logit_scale = nn.Parameter(clip_model.logit_scale.detach().clone())
         self.train().requires_grad_(True)
 
-    def forward(self, clip: Any, pixels: Float[Tensor, "b 3 s s"]) -> Embeddings:
+    def forward(self, clip_model: Any, pixels: Float[Tensor, "b 3 s s"]) -> Embeddings:
         """Return the embeddings of images.
 
         Args:
-            clip: The ``CLIPModel`` that the controller was built from, frozen.
+            clip_model: The ``CLIPModel`` that the controller was built from, frozen.
             pixels: Images, as `FrozenCLIP.pixels` returns them.
         """
         x = _embed(self.vision, pixels)
@@ -96,10 +96,10 @@ class Controller(nn.Module):
         degradation = self.projection(self.vision.post_layernorm(x[:, 0]))
         if self.order == "reversed":
             controls.reverse()
-        x = _embed(clip.vision_model, pixels)
-        for block, control in zip(clip.vision_model.encoder.layers, controls, strict=True):
+        x = _embed(clip_model.vision_model, pixels)
+        for block, control in zip(clip_model.vision_model.encoder.layers, controls, strict=True):
             x = _block(block, x) + control
-        content = clip.visual_projection(clip.vision_model.post_layernorm(x[:, 0]))
+        content = clip_model.visual_projection(clip_model.vision_model.post_layernorm(x[:, 0]))
         return Embeddings(content, degradation)
 
 
@@ -193,7 +193,8 @@ class FrozenDACLIP:
         file: Path of the controller's file; None for an untrained controller.
         hashes: SHA-256 of CLIP and of the controller's file (``clip_sha256``, ``controller_sha256``). Before they are
             loaded, the expected values, see `expect_hashes`; initially empty.
-        words: Degradation words that `probabilities` distinguishes; those of the controller's file once it is loaded.
+        words: Degradation words that `probabilities` distinguishes: `WORDS` or, once the controller is loaded, those of its
+            file if the file records at least two.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:
@@ -203,7 +204,7 @@ class FrozenDACLIP:
             log.info("controller: %s (DERAIN_CONTROLLER) instead of %s", self.file, controller)
         self.hashes: dict[str, str | None] = {}
         self.words: Sequence[str] = WORDS
-        self._resumed: Mapping[str, Any] | None = None
+        self._resumed_options: Mapping[str, Any] | None = None
 
     def expect_hashes(self, metadata: Mapping[str, Any], resuming: bool) -> None:
         """Set the hashes that CLIP and controller should have.
@@ -214,7 +215,7 @@ class FrozenDACLIP:
                 error; otherwise a warning is logged.
         """
         self.hashes = {name: metadata[name] for name in ("clip_sha256", "controller_sha256") if name in metadata}
-        self._resumed = metadata.get("hyper_parameters", {}) if resuming else None
+        self._resumed_options = metadata.get("hyper_parameters", {}) if resuming else None
 
     @cached_property
     def controller(self) -> Controller:
@@ -253,10 +254,10 @@ class FrozenDACLIP:
         """
         if self.hashes.get(f"{option}_sha256", sha256) == sha256:
             return
-        if self._resumed is not None:
+        if self._resumed_options is not None:
             raise DerainError(
                 f"cannot resume with --model.{option} {name}: the run was started with a different one "
-                f"({self._resumed.get(option)}); use that one"
+                f"({self._resumed_options.get(option)}); use that one"
             )
         variable = f"DERAIN_{option.upper()}"
         log.warning(
@@ -270,13 +271,14 @@ class FrozenDACLIP:
         """Return the embeddings of images in [0, 1] of any size, in float32."""
         controller = self.controller.to(rainy.device)
         with torch.autocast(rainy.device.type, enabled=False):
-            clip = self.clip.model.to(rainy.device)
-            return cast(Embeddings, controller(clip, self.clip.pixels(rainy.float())))
+            clip_model = self.clip.model.to(rainy.device)
+            return cast(Embeddings, controller(clip_model, self.clip.pixels(rainy.float())))
 
     def probabilities(self, degradation: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         """Return the probability of each of the ``words``, on the CPU.
 
-        It is the softmax of the cosines of degradation embedding and words, multiplied by the trained scale.
+        The cosines of degradation embedding and words are multiplied by the trained scale; the probabilities are the
+        softmax of the products.
 
         Args:
             degradation: Degradation embeddings.

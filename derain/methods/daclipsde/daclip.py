@@ -41,7 +41,7 @@ class DACLIPModule(TrainableModule):
         controller: Weights to start from, of this class or the authors'; default: CLIP's own tower.
         degradation: Word for rainy images without a caption table. A caption table (``--data.captions``) has its own
             words.
-        clean: Word for clean images; None: batches contain no clean images.
+        clean: Word for clean images; None: the clean images are not training examples.
         equal_texts: Whether equal texts in a batch are all correct for an image with this text, see
             `contrastive_loss`; otherwise only the image's own text is.
         smallest: Minimum area of the random crops, which are resized for CLIP, as a fraction of the image's area, in
@@ -90,7 +90,7 @@ class DACLIPModule(TrainableModule):
             if self.network.order != order:
                 raise DerainError(f"--model.order {order}: {controller} has order {self.network.order}; use that order")
         self.clip_sha256: str | None = self.clip.sha256
-        self._texts: dict[str, Tensor] = {}
+        self._embeddings_by_text: dict[str, Tensor] = {}
         self._accuracy: dict[str, Any] = {}  # a dict, so that the metric is not a submodule
         self._warned: set[str] = set()
         self.words: list[str] = [degradation] if clean is None else [clean, degradation]
@@ -127,20 +127,20 @@ class DACLIPModule(TrainableModule):
             return rainy, captions, words
         return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
 
-    def _contrast(self, images: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
-        """Return the contrastive loss over the batches of all devices; warn once for each ``kind`` of equal texts.
+    def _contrast(self, embeddings: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
+        """Return the contrastive loss over the batches of all devices; warn once per ``kind`` if all texts are equal.
 
         Args:
-            images: Embeddings of the images on this device.
+            embeddings: Embeddings of the images on this device.
             texts: Texts of the images.
             scale: Inverse temperature of the softmax.
             kind: ``captions`` or ``degradations``, for the warning.
         """
-        features = self._features(texts).to(images.device)
-        ids = torch.tensor([_text_id(text) for text in texts], device=images.device)
+        text_embeddings = self._text_embeddings(texts).to(embeddings.device)
+        ids = torch.tensor([_text_id(text) for text in texts], device=embeddings.device)
         if self.trainer.world_size > 1:
-            images = self._gathered(images, sync_grads=True)
-            features, ids = self._gathered(features), self._gathered(ids)
+            embeddings = self._gathered(embeddings, sync_grads=True)
+            text_embeddings, ids = self._gathered(text_embeddings), self._gathered(ids)
         same = ids[:, None] == ids if self.hparams["equal_texts"] else None
         if kind not in self._warned and bool((ids == ids[0]).all()):
             self._warned.add(kind)
@@ -148,17 +148,17 @@ class DACLIPModule(TrainableModule):
             log.warning(
                 "all %d %s of a batch are %r, so they distinguish nothing; %s", len(ids), kind, texts[0], effect
             )
-        return contrastive_loss(images, features, scale, same)
+        return contrastive_loss(embeddings, text_embeddings, scale, same)
 
     def _gathered(self, values: Tensor, sync_grads: bool = False) -> Tensor:
         return self.all_gather(values, sync_grads=sync_grads).flatten(0, 1)  # type: ignore[union-attr]
 
-    def _features(self, texts: list[str]) -> Float[Tensor, "b d"]:
+    def _text_embeddings(self, texts: list[str]) -> Float[Tensor, "b d"]:
         """Return the embeddings of texts; CLIP computes each text only once."""
-        new = sorted({text for text in texts if text not in self._texts})
+        new = sorted({text for text in texts if text not in self._embeddings_by_text})
         if new:
-            self._texts |= dict(zip(new, self.clip.text_features(new, truncate=True), strict=True))
-        return torch.stack([self._texts[text] for text in texts])
+            self._embeddings_by_text |= dict(zip(new, self.clip.text_features(new, truncate=True), strict=True))
+        return torch.stack([self._embeddings_by_text[text] for text in texts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the step, then clamp the inverse temperature ``exp(logit_scale)`` to the range from 1 to 100.
@@ -210,7 +210,7 @@ class DACLIPModule(TrainableModule):
             return
         images, _, words = self._examples(batch)
         degradation = self.network(self.clip.model, self.clip.pixels(images)).degradation
-        nearest = cosines(degradation, self._features(self.words).to(images.device)).argmax(1)
+        nearest = cosines(degradation, self._text_embeddings(self.words).to(images.device)).argmax(1)
         expected = torch.tensor([self.words.index(word) for word in words], device=images.device)
         self._accuracy["all"].update(nearest, expected)
 
@@ -278,7 +278,8 @@ def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int
         smallest: Minimum area of the crop, as a fraction of the image's area, in (0, 1].
 
     References:
-        torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; equal seeds give equal crops.
+        torchvision's ``RandomResizedCrop`` with its default ratios, as used by open_clip; with
+        equal seeds, the crops are equal to those of torchvision.
     """
     narrowest, widest = 3 / 4, 4 / 3
     low, high = (float(value) for value in torch.tensor((narrowest, widest)).log())

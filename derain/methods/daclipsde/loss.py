@@ -32,15 +32,15 @@ def matching_loss(
     return F.l1_loss(step, sde.posterior_mean(state, clean, rainy, times, times - 1))
 
 
-def cosines(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+def cosines(image_embeddings: Float[Tensor, "n d"], text_embeddings: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """Return the cosine similarity of each image and each text embedding, in float32 also under autocast."""
-    with torch.autocast(images.device.type, enabled=False):
-        return F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    with torch.autocast(image_embeddings.device.type, enabled=False):
+        return F.normalize(image_embeddings.float(), dim=-1) @ F.normalize(text_embeddings.float(), dim=-1).T
 
 
 def contrastive_loss(
-    images: Float[Tensor, "b d"],
-    texts: Float[Tensor, "b d"],
+    image_embeddings: Float[Tensor, "b d"],
+    text_embeddings: Float[Tensor, "b d"],
     scale: Float[Tensor, ""],
     same: Bool[Tensor, "b b"] | None = None,
 ) -> Float[Tensor, ""]:
@@ -50,12 +50,12 @@ def contrastive_loss(
     If all texts are equal, the loss is 0.
 
     Args:
-        images: Embeddings of images, normalised or not.
-        texts: Embeddings of the texts of the images, normalised or not.
+        image_embeddings: Embeddings of images, normalised or not.
+        text_embeddings: Embeddings of the texts of the images, normalised or not.
         scale: Inverse temperature.
         same: Whether texts i and j are equal. Default: all texts count as different, as in CLIP's loss.
     """
-    logits = scale.float() * cosines(images, texts)
+    logits = scale.float() * cosines(image_embeddings, text_embeddings)
     if same is None:
         same = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     mask = torch.zeros_like(logits).masked_fill(~same, -torch.inf)

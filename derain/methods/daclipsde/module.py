@@ -45,7 +45,7 @@ class DACLIPSDEMetadata(Metadata):
     Attributes:
         sde: Schedule of the SDE.
         clip_sha256: Hash of CLIP; absent if CLIP was not used.
-        controller_sha256: Hash of the controller's file; None: an untrained controller; absent if none was used.
+        controller_sha256: Hash of the controller's file; None: an untrained controller; absent without a controller.
     """
 
     sde: NotRequired[ScheduleState]
@@ -61,8 +61,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
     part of neither checkpoints nor optimisers. Without contexts, the method is IR-SDE.
 
     Args:
-        contexts: Embeddings that the network is conditioned on: ``content``, by cross-attention at the deepest level;
-            ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
+        contexts: Embeddings that the network is conditioned on: ``content``, by cross-attention at the deepest level
+            and in the middle; ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP; ``$DERAIN_CONTROLLER`` takes
             precedence. Default: an untrained controller, with a warning; both its embeddings are CLIP's own.
@@ -151,7 +151,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
         Raises:
             DerainError: If one of them is not available or cannot be loaded, the size of their embeddings is not
-                ``context``, or a resumed run was started with a different CLIP or controller.
+                ``context``, or a resumed run was started with a different CLIP or controller; or if the U-Net
+                is the authors' of DA-CLIP, and there is no file of a controller.
         """
         if self.daclip is None:
             return
@@ -240,9 +241,9 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         device_times = times.to(state.device, non_blocking=state.is_cuda)
         if self.hparams["residual"] is None:
             return cast(Tensor, self.network(state, rainy, device_times, **contexts))
-        scale, slope, error = self.sde.precondition(times, self.hparams["residual"], state)
+        input_scale, slope, error = self.sde.precondition(times, self.hparams["residual"], state)
         distance = state - rainy
-        estimated: Tensor = self.network(rainy + scale * distance, rainy, device_times, **contexts)
+        estimated: Tensor = self.network(rainy + input_scale * distance, rainy, device_times, **contexts)
         return slope * distance + error * estimated.float()
 
     def pass_once(self, rainy: Float[Tensor, "b 3 h w"]) -> Any:
@@ -363,8 +364,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
         module.network.load_state_dict(dict(state), strict=True)
         if "max_sigma" not in options:
             log.warning(
-                "%s: the file does not record λ; assuming FILE:max_sigma=%g, as the authors; to use another value, "
-                "append it to the file name",
+                "%s: the file does not record λ; assuming the authors' value, FILE:max_sigma=%g; to use another "
+                "value, append it to the file name",
                 path or "weights",
                 unet_arguments["max_sigma"],
             )

@@ -76,12 +76,12 @@ class ResBlock(nn.Module):
     Args:
         inputs: Input channels.
         outputs: Output channels.
-        time: Size of the time embedding.
+        time_size: Size of the time embedding.
     """
 
-    def __init__(self, inputs: int, outputs: int, time: int) -> None:
+    def __init__(self, inputs: int, outputs: int, time_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time, 2 * outputs))
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_size, 2 * outputs))
         self.block1, self.block2 = nn.Sequential(), nn.Sequential()
         self.block1.add_module("proj", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
         self.block2.add_module("proj", nn.Conv2d(outputs, outputs, 3, padding=1, bias=False))
@@ -124,17 +124,18 @@ class LinearAttention(nn.Module):
         averages = [self._average(strip) for strip in strips]
         parts = torch.stack([part for part, _ in averages])
         log_sums = torch.stack([log_sum for _, log_sum in averages])
-        context = (parts * log_sums.softmax(0)).sum(0)  # (b, heads, 32, 32)
-        matrix = self._projected(context)
+        average = (parts * log_sums.softmax(0)).sum(0)  # (b, heads, 32, 32)
+        matrix = self._projected(average)
         pixels = x.shape[2] * x.shape[3]
         rows = [self._attend(strip, matrix, pixels) for strip in strips]
         return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: the output projection minus ``to_qkv``; and attention.
+        """Return two numbers of multiplications that ``derain bench`` adds, see `DerainModule.pass_once`.
 
-        ``forward`` uses the weight of ``to_qkv`` in two parts. Each part has been counted as the whole weight, so one
-        whole weight is subtracted.
+        The first number counts the output projection minus ``to_qkv``: ``forward`` uses the weight of ``to_qkv`` in two
+        parts, each of which ``derain bench`` has counted as the whole weight. The second number counts the matrix
+        products of attention.
         """
         weight = cast(Tensor, self.to_out[0].weight)
         pixels = output.numel() // len(weight)
@@ -147,13 +148,13 @@ class LinearAttention(nn.Module):
             return (x,)
         return torch.split(x, max(1, STRIP // (x.shape[0] * x.shape[3])), dim=2)
 
-    def _projected(self, context: Float[Tensor, "b heads 32 32"]) -> Float[Tensor, "b i o"]:
-        """Return the matrix of each head multiplied by the head's part of the output projection."""
+    def _projected(self, average: Float[Tensor, "b heads 32 32"]) -> Float[Tensor, "b i o"]:
+        """Return the average values of each head multiplied by the head's part of the output projection."""
         weight = cast(Tensor, self.to_out[0].weight)
-        with torch.autocast(context.device.type, enabled=False):
+        with torch.autocast(average.device.type, enabled=False):
             head_weights = weight.view(-1, self.heads, HEAD).permute(1, 2, 0) * HEAD**-0.5
-            matrices = cast(Tensor, context @ head_weights)
-            return matrices.reshape(len(context), self.heads * HEAD, -1)
+            matrices = cast(Tensor, average @ head_weights)
+            return matrices.reshape(len(average), self.heads * HEAD, -1)
 
     def _attend(self, strip: Map, matrix: Float[Tensor, "b i o"], pixels: int | Tensor) -> Float[Tensor, "_ _ _ _"]:
         """Return the output for a strip of rows, ``(b, h, w, c)``; the map has ``pixels`` pixels."""
@@ -199,7 +200,10 @@ class Upsample(nn.ModuleList):
         return F.conv_transpose2d(x, kernel, cast(Tensor, self[1].bias), stride=2, padding=1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: a 3×3 convolution at the size of the output; and no attention."""
+        """Return two numbers of multiplications that ``derain bench`` adds, see `DerainModule.pass_once`.
+
+        The first number counts a 3×3 convolution at the size of the output. The second number, for attention, is 0.
+        """
         weight = cast(Tensor, self[1].weight)
         return weight.numel() * (output.numel() // len(weight)), 0
 
@@ -234,7 +238,10 @@ class CrossAttention(nn.Module):
         return cast(Tensor, self.to_out(attended))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return what ``derain bench`` adds: nothing for layers; and the matrix products of attention."""
+        """Return two numbers of multiplications that ``derain bench`` adds, see `DerainModule.pass_once`.
+
+        The first number is 0. The second number counts the matrix products of attention.
+        """
         x, tokens = inputs
         return 0, 2 * x.shape[1] * tokens.shape[1] * x.shape[2]
 
@@ -346,8 +353,8 @@ class ConditionalUNet(nn.Module):
         channels: Channels at full resolution, an even number. With ``content``, the channels before and after the
             deepest level must be multiples of 32.
         multipliers: Channels after each level, as multiples of ``channels``; one per level.
-        attention: Self-attention: ``none``, as in Pullabhotla's U-Net, or ``linear``: linear attention at every level;
-            with ``content``, ordinary attention at the deepest level and in the middle.
+        attention: Self-attention: ``none``, as in Pullabhotla's U-Net, or ``linear``: linear attention at every level
+            and in the middle; with ``content``, ordinary attention instead at the deepest level and in the middle.
         content: Whether the deepest level and the middle have cross-attention to a content embedding.
         degradation: Whether a learned prompt, weighted by a function of a degradation embedding, is added to the time
             embedding.
@@ -370,18 +377,20 @@ class ConditionalUNet(nn.Module):
         widths = [channels, *(channels * factor for factor in multipliers)]
         if channels % 2 or (content and any(width % HEAD for width in widths[-2:])):
             raise DerainError(
-                f"--model.channels {channels}: expected an even number and, with content, multiples of {HEAD} at the "
-                f"deepest levels (now {widths[-2:]}); change --model.channels or --model.multipliers"
+                f"--model.channels {channels}: expected an even number and, with content, multiples of {HEAD} before "
+                f"and after the deepest level (now {widths[-2:]}); change --model.channels or --model.multipliers"
             )
         self.depth = len(multipliers)
-        time = 4 * channels
+        time_size = 4 * channels
         self.init_conv = nn.Conv2d(6, channels, 7, padding=3, bias=False)
         features = TimeFeatures(channels)
-        self.time_mlp = nn.Sequential(features, nn.Linear(channels, time), nn.GELU(), nn.Linear(time, time))
+        self.time_mlp = nn.Sequential(
+            features, nn.Linear(channels, time_size), nn.GELU(), nn.Linear(time_size, time_size)
+        )
         if degradation:
-            self.prompt = nn.Parameter(torch.rand(1, time))
-            self.text_mlp = nn.Sequential(nn.Linear(context, time), nn.SiLU(), nn.Linear(time, time))
-            self.prompt_mlp = nn.Linear(time, time)
+            self.prompt = nn.Parameter(torch.rand(1, time_size))
+            self.text_mlp = nn.Sequential(nn.Linear(context, time_size), nn.SiLU(), nn.Linear(time_size, time_size))
+            self.prompt_mlp = nn.Linear(time_size, time_size)
 
         def attention_module(width: int, deepest: bool) -> nn.Module:
             if content and deepest:
@@ -398,14 +407,14 @@ class ConditionalUNet(nn.Module):
                 down = nn.Conv2d(fine, coarse, 3, padding=1, bias=False)
             plain = nn.Conv2d(coarse, fine, 3, padding=1, bias=False)
             up = Upsample(coarse, fine) if level > 0 else plain
-            blocks = [ResBlock(fine, fine, time) for _ in range(2)]
+            blocks = [ResBlock(fine, fine, time_size) for _ in range(2)]
             self.downs.append(nn.ModuleList([*blocks, attention_module(fine, deepest), down]))
-            blocks = [ResBlock(coarse + fine, coarse, time) for _ in range(2)]
+            blocks = [ResBlock(coarse + fine, coarse, time_size) for _ in range(2)]
             self.ups.insert(0, nn.ModuleList([*blocks, attention_module(coarse, deepest), up]))
-        self.mid_block1 = ResBlock(widths[-1], widths[-1], time)
+        self.mid_block1 = ResBlock(widths[-1], widths[-1], time_size)
         self.mid_attn = attention_module(widths[-1], True)
-        self.mid_block2 = ResBlock(widths[-1], widths[-1], time)
-        self.final_res_block = ResBlock(2 * channels, channels, time)
+        self.mid_block2 = ResBlock(widths[-1], widths[-1], time_size)
+        self.final_res_block = ResBlock(2 * channels, channels, time_size)
         self.final_conv = nn.Conv2d(channels, 3, 3, padding=1)
 
     def embed(self, times: Float[Tensor, " b"] | Int[Tensor, " b"], degradation: Embedding | None) -> Embedding:
@@ -431,7 +440,8 @@ class ConditionalUNet(nn.Module):
             rainy: Rainy images ``μ`` in [0, 1].
             times: Times ``t``.
             content: Content embeddings ``(b, context)``, not normalised; required if the network has ``content``.
-            degradation: Degradation embeddings ``(b, context)``, not normalised; required if it has ``degradation``.
+            degradation: Degradation embeddings ``(b, context)``, not normalised; required if the network has
+                ``degradation``.
         """
         height, width = state.shape[2:]
         time = self.embed(times, degradation)

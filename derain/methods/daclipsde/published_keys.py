@@ -72,13 +72,15 @@ def controller_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: The state dict, with or without the prefix ``module.`` of parallel training.
 
     Raises:
-        DerainError: If the state dict contains no controller.
+        DerainError: If the state dict contains no controller, or no ``logit_scale``.
     """
     plain = {key.removeprefix("module."): value for key, value in state.items()}
     prefix = "visual_control."
     published = {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
     if not published or "logit_scale" not in plain:
-        raise DerainError("no controller of DA-CLIP in this file; expected keys that begin with visual_control")
+        raise DerainError(
+            "no controller of DA-CLIP in this file; expected logit_scale and keys that begin with visual_control"
+        )
     controller = {"logit_scale": plain["logit_scale"]}
     for published_key, value in published.items():
         key = _derain_key(published_key)

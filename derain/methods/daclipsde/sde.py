@@ -171,9 +171,9 @@ class MeanRevertingSDE:
         return rainy + residual / _per_image(self.decay[times], rainy)
 
     def precondition(self, times: Times, residual: float, like: Image) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors for preconditioning (Karras et al., NeurIPS 2022): ``scale``, ``slope`` and ``error``.
+        """Return factors for preconditioning (Karras et al., NeurIPS 2022): ``input_scale``, ``slope`` and ``error``.
 
-        ``scale * (x(t) - μ)`` has unit variance. The best linear estimate of the noise in a state is
+        ``input_scale * (x(t) - μ)`` has unit variance. The best linear estimate of the noise in a state is
         ``slope * (x(t) - μ)``, and ``error`` is the standard deviation of its error.
 
         Args:
@@ -187,10 +187,10 @@ class MeanRevertingSDE:
         signal = self.decay[times] * residual
         noise = self.marginal_std[times]
         total = torch.sqrt(signal**2 + noise**2)
-        scale = _per_image(1 / total, like)
+        input_scale = _per_image(1 / total, like)
         slope = _per_image(noise / total**2, like)
         error = _per_image(signal / total, like)
-        return scale, slope, error
+        return input_scale, slope, error
 
     def euler(
         self, state: Image, rainy: Image, score: Image, times: Times, earlier: Times, *, ode: bool = False

@@ -1,7 +1,7 @@
 """Solvers of the reverse SDE: from a rainy image plus noise to a derained image, in a chosen number of steps.
 
-A solver needs the SDE and a function that estimates the noise. It visits only times of the schedule, so the network
-only sees noise levels that it was trained with.
+A solver needs the SDE and a function that estimates the noise. Solvers visit only times of the schedule, so the network
+sees only noise levels that it was trained with.
 
 The ``mrs-*`` and ``mars-*`` solvers are semi-analytic. With ``y = x - μ``, the SDE of `sde.py` is a
 variance-preserving diffusion of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. In terms of

@@ -98,7 +98,7 @@ def weighted_sum(losses_by_name: LossesByName, alpha: float, beta: float) -> Flo
 
     Args:
         losses_by_name: Losses with any of the names ``pixel``, ``hierarchical``, ``generator`` and ``discriminator``.
-            Fewer than four losses of the last three names belong to the coarsest scales.
+            If one of the last three names has fewer than four losses, these belong to the coarsest scales.
         alpha: Weight of the hierarchical losses.
         beta: Weight of the adversarial losses of generator and discriminator.
 

@@ -209,9 +209,9 @@ class PLNLINGANModule(DerainModule, Explains):
         count = len(batch["name"])
         rainy = pad_to_multiple(batch["rainy"], self.network.multiple)
         clean = pad_to_multiple(batch["clean"], self.network.multiple)
-        update = self.updates + 1
-        update_generator = self.discriminator is None or update % self.hparams["discriminator_steps"] == 0
-        update_discriminator = self.discriminator is not None and update % self.hparams["generator_steps"] == 0
+        update_number = self.updates + 1
+        update_generator = self.discriminator is None or update_number % self.hparams["discriminator_steps"] == 0
+        update_discriminator = self.discriminator is not None and update_number % self.hparams["generator_steps"] == 0
         with torch.set_grad_enabled(update_generator):
             restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
         real = self._clean_features(clean)
@@ -294,11 +294,11 @@ class PLNLINGANModule(DerainModule, Explains):
             generator_optimizer.step()
             generator_optimizer.zero_grad()
         if update_discriminator:
-            optimizer: LightningOptimizer = optimizers[1]
+            discriminator_optimizer: LightningOptimizer = optimizers[1]
             if update_generator:  # keeps the trainer from counting a second step
-                optimizer._on_before_step = optimizer._on_after_step = lambda: None
-            optimizer.step()
-            optimizer.zero_grad()
+                discriminator_optimizer._on_before_step = discriminator_optimizer._on_after_step = lambda: None
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
         self.updates += 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

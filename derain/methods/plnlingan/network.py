@@ -114,8 +114,8 @@ class PLNLIM(nn.Module):
     """Progressive local and non-local interactive module.
 
     Args:
-        stages: Number of stages N. Each branch has N + 1 blocks. The branches interact N times; without
-            ``last_interaction`` N - 1 times; with interaction ``none`` never.
+        stages: Number of stages N. The local and the non-local branch have N + 1 blocks each. They interact N times;
+            without ``last_interaction`` N - 1 times; with interaction ``none`` never.
         config: Configuration of the module.
 
     Shape:
@@ -136,8 +136,8 @@ class PLNLIM(nn.Module):
         self.interactions = nn.ModuleList(
             nn.ModuleList([_interaction(config), _interaction(config)]) for _ in range(interactions)
         )
-        fused_maps = [2, *[3] * stages] if config.fusion else []
-        self.fusions = nn.ModuleList(ConcatLinear(count * config.channels, config.channels) for count in fused_maps)
+        map_counts = [2, *[3] * stages] if config.fusion else []
+        self.fusions = nn.ModuleList(ConcatLinear(count * config.channels, config.channels) for count in map_counts)
 
     def forward(self, x: Features) -> Features:
         """Transform features."""
@@ -166,7 +166,7 @@ class PLNLIM(nn.Module):
 
 
 def _block(kind: str, index: int, config: UnitConfig) -> nn.Module:
-    """Return a block of a branch; every second Swin block is shifted."""
+    """Return a block of a branch; every second Swin block has shifted windows."""
     if kind == "local":
         return ResidualBlock(config.channels)
     return WindowBlock(config.channels, config.heads, WINDOW, shifted=index % 2 == 1)
@@ -223,8 +223,8 @@ class Restored(NamedTuple):
         images: Images of the hierarchy (eq. 11), the finest first, ``(b, 3, h/2ᵏ, w/2ᵏ)`` with the padded ``h`` and
             ``w``. Empty unless requested.
         features: Features from which these images are computed (eq. 7), ``(b, h/2ᵏ, w/2ᵏ, c)``. Empty unless requested.
-        shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: both branches of a PLNLIM and their sum, or
-            the output of a chain of blocks. Empty unless requested.
+        shown: Features of the decoder's finest unit, ``(b, h, w, c)`` each: the first and the second branch of a PLNLIM
+            and the sum of all branches, or the output of a chain of blocks. Empty unless requested.
     """
 
     derained: Tensor
@@ -350,18 +350,20 @@ class MCDDL(nn.Module):
         channels = config.channels
         self.embed = nn.Conv2d(3, channels, 3, padding=1)
         self.first = build_unit(stages, config)
-        joins = range(SCALES if content_channels else 0)
-        self.joins = nn.ModuleList(nn.Conv2d(channels + content_channels, channels, 3, padding=1) for _ in joins)
+        joined_scales = range(SCALES if content_channels else 0)
+        self.joins = nn.ModuleList(
+            nn.Conv2d(channels + content_channels, channels, 3, padding=1) for _ in joined_scales
+        )
         self.units = nn.ModuleList(build_unit(stages, config) for _ in range(SCALES))
         self.logit_scales = range(SCALES) if deep else range(SCALES - 1, SCALES)
         self.logits = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for _ in self.logit_scales)
         self.apply(initialize)
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], features: Sequence[Float[Tensor, "b _ _ _"]]) -> list[Tensor]:
+    def forward(self, images: Float[Tensor, "b 3 h w"], features: Sequence[Float[Tensor, "b _ _ _"]]) -> list[Tensor]:
         """Return the logits of images whose height and width are multiples of 56.
 
         Args:
-            image: Derained or clean images.
+            images: Derained or clean images.
             features: The generator's features of the images, the finest scale first; ignored if ``content_channels`` is
                 0.
 
@@ -369,7 +371,7 @@ class MCDDL(nn.Module):
             Logits ``(b, 1, h/2ᵏ, w/2ᵏ)`` of each scale, the finest first, or of the coarsest scale alone. Training
             raises the logits of clean images.
         """
-        x = self.first(spatial(image.permute(0, 2, 3, 1).contiguous(), self.embed))
+        x = self.first(spatial(images.permute(0, 2, 3, 1).contiguous(), self.embed))
         logits: list[Tensor] = []
         for scale in range(SCALES):
             if scale > 0:

@@ -90,8 +90,8 @@ class PReNetModule(DerainModule):
                 f"{path}: is from the authors' folder logs/real; its network has the tensors of PReNet but a different "
                 "architecture, which derain does not support; use the weights of another folder"
             )
-        folder = published_network(path) if path is not None else None
-        network = folder or PublishedNetwork(variant_of_tensors, 6)
+        folder_network = published_network(path) if path is not None else None
+        network = folder_network or PublishedNetwork(variant_of_tensors, 6)
         variant = options.get("variant", network.variant)
         stages = options.get("stages", network.stages)
         possible = {variant_of_tensors, "PReNet_LSTM"} if variant_of_tensors == "PReNet" else {variant_of_tensors}
@@ -102,7 +102,7 @@ class PReNetModule(DerainModule):
             )
         module = cls(variant=variant, stages=stages)
         module.network.load_state_dict(dict(state), strict=True)
-        if folder or options:
+        if folder_network or options:
             log.info("%s: %s with %d stages", path, variant, stages)
         elif len(possible) > 1:
             log.warning(

@@ -25,7 +25,7 @@ VARIANTS: dict[Variant, dict[str, bool]] = {
 """Arguments of `PReNet` by variant."""
 
 MAX_STAGES = 100
-"""Largest number of stages. It is limited, since time is proportional to it, and weights fit any number."""
+"""Largest number of stages. Without a limit, time would be unlimited too, since weights fit any number of stages."""
 
 
 class PReNet(nn.Module):
@@ -102,10 +102,10 @@ class PReNet(nn.Module):
         return outputs
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return the multiplications that ``derain bench`` adds for layers, and for attention (0).
+        """Return two numbers of multiplications that ``derain bench`` adds, see `DerainModule.pass_once`.
 
-        They are those of the first stage's forget gate, which the authors' code computes although there is no cell
-        state to forget.
+        The first number counts the forget gate of the first stage, which the authors' code computes although there is
+        no cell state to forget. The second number, for attention, is 0.
         """
         if not self.recurrent:
             return 0, 0
