@@ -193,8 +193,8 @@ class FrozenDACLIP:
         file: Path of the controller's file; None for an untrained controller.
         hashes: SHA-256 of CLIP and of the controller's file (``clip_sha256``, ``controller_sha256``). Before they are
             loaded, the expected values, see `expect_hashes`; initially empty.
-        words: Degradation words that `probabilities` distinguishes: `WORDS` or, once the controller is loaded, those of its
-            file if the file records at least two.
+        words: Degradation words that `probabilities` distinguishes. Once the controller is loaded: those that its
+            file records, if there are at least two; otherwise `WORDS`.
     """
 
     def __init__(self, clip: str, controller: str | None) -> None:

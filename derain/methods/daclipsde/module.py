@@ -151,8 +151,8 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
 
         Raises:
             DerainError: If one of them is not available or cannot be loaded, the size of their embeddings is not
-                ``context``, or a resumed run was started with a different CLIP or controller; or if the U-Net
-                is the authors' of DA-CLIP, and there is no file of a controller.
+                ``context``, or a resumed run was started with a different CLIP or controller; or if the network has the
+                authors' weights, and there is no controller's file.
         """
         if self.daclip is None:
             return
