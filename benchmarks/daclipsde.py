@@ -53,7 +53,7 @@ if DEVICE.type == "cuda":
 def measure(name: str) -> tuple[dict[str, Times], dict[str, float]]:
     """Return the times of all variants, and the maximum differences of their outputs from that of the textbook form.
 
-    Differences are in standard deviations of the output.
+    Differences are in standard deviations of the textbook form's output.
     """
     torch.manual_seed(0)
     ours = ConditionalUNet(**NETWORKS[name]).to(DEVICE).eval()
@@ -111,7 +111,7 @@ def large_image_memory() -> float:
 
 
 def seams(file: str) -> tuple[float, float]:
-    """Return how much tiling changes the differences of adjacent rows or columns: at tile borders, and on average."""
+    """Return how much tiling changes differences between adjacent rows or columns: at tile borders, and on average."""
     tile, overlap = 192, 64
     split = find_pairs("Rain100L", "test", data_root=Path(os.environ["DERAIN_DATA"]))
     rainy, _ = split.pairs[0].read()
@@ -182,7 +182,7 @@ def main() -> int:
     missed |= peak > MAX_GIBIBYTES
     if os.environ.get("DERAIN_SDE_WEIGHTS") and os.environ.get("DERAIN_DATA"):
         at_borders, overall = seams(os.environ["DERAIN_SDE_WEIGHTS"])
-        print("change of the differences of adjacent rows or columns by tiling: ", end="")
+        print("seams: change of the differences between adjacent rows or columns by tiling: ", end="")
         print(f"{at_borders:.1e} at tile borders (at most {SEAM_RATIO} times the average), {overall:.1e} on average")
         missed |= at_borders > SEAM_RATIO * overall
     else:

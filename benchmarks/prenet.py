@@ -4,7 +4,7 @@ All variants take turns to restore the same images on all cores; ratios are medi
 is at least as fast, and differs by at most 1e-5; on processors with bfloat16 instructions, bf16 has a speed-up of 1.6,
 or 2.1 if compiled, and loses at most 0.02 dB. Other processors emulate bfloat16; its time is shown without a target.
 The first four images are read from DERAIN_DATA, and the authors' weights from ``../weights/prenet``, relative to that
-folder. If they are missing, images are generated, and weights are random.
+folder. Missing images are replaced by generated ones, and missing weights by random ones.
 """
 
 import os

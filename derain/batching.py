@@ -50,9 +50,9 @@ class Scheduler:
     """Runs a method on images in batches, threads and tiles that fit into memory.
 
     On a GPU, images of equal size are stacked to batches. On a CPU, several images are restored at once, each on its
-    own thread, and PyTorch's threads are divided among them. Images of fewer than ``SMALLEST_FOR_THREADS`` pixels are
-    restored one by one. So are all images if the network is compiled or runs in onnxruntime, or if the pass over the
-    first image changed attributes of the method.
+    own thread, and PyTorch's threads are divided among the images. Images of fewer than ``SMALLEST_FOR_THREADS`` pixels
+    do not get threads there; nor do any images if the network is compiled or runs in onnxruntime, or if the pass over
+    the first image changed attributes of the method. Images without a thread are restored one by one.
 
     If memory runs out, the number of images or tiles at once is halved. If memory does not suffice for a single one,
     the side of the tiles is halved, unless ``tile`` is None. Number and side are remembered for each image size.
