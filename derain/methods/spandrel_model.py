@@ -19,7 +19,7 @@ MIN_SIDE = 16
 
 
 class SpandrelModule(DerainModule):
-    """Network of another project, loaded by spandrel; it can restore images, but be neither trained nor exported.
+    """Network of another project, loaded by spandrel; it can restore images, but cannot be trained or exported.
 
     Args:
         descriptor: ``ImageModelDescriptor`` of spandrel: the network, its architecture and the sizes that it accepts.

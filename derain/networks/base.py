@@ -77,7 +77,7 @@ class Network(nn.Module, ABC):
         return self.outputs(rainy)["derained"]
 
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
-        """Return images padded at the bottom and the right to multiples of ``size_multiple``, by reflection."""
+        """Return images padded at the bottom and the right to multiples of ``size_multiple``, see `pad_to_multiple`."""
         return pad_to_multiple(image, self.size_multiple) if self.size_multiple > 1 else image
 
     def outputs(self, rainy: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:

@@ -81,10 +81,11 @@ class BRN(Network):
             if iteration:
                 earlier |= {f"derained{iteration}": derained, f"rain{iteration}": rain}
             image_memory = None if image_state is None else image_state.hidden
-            features, rain_state = self.rain_branch(torch.cat((image, rain), dim=1), rain_state, (image_memory,))
+            inputs = torch.cat((image, rain), dim=1)
+            features, rain_state = self.rain_branch(inputs, rain_state, (image_memory,))
             rain = self.rain_tail(features)
-            images = torch.cat((image, derained, rain), dim=1)
-            features, image_state = self.image_branch(images, image_state, (rain_state.hidden,))
+            inputs = torch.cat((image, derained, rain), dim=1)
+            features, image_state = self.image_branch(inputs, image_state, (rain_state.hidden,))
             derained = self.image_tail(features)
         return {"derained": derained, "rain": rain, **earlier}
 

@@ -258,8 +258,8 @@ class NAFNet(Network):
     def pad(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Return images padded at the bottom and the right to sizes that the levels can halve.
 
-        If ``unshuffle`` is 1, the padding is zeros, as in ClearView's code. Else it is a reflection: zeros would darken
-        squares at the border.
+        If ``unshuffle`` is 1, the padding is zeros, as in ClearView's code. Else `pad_to_multiple` pads: zeros would
+        darken squares at the border.
         """
         return (pad_with_zeros if self.unshuffle == 1 else pad_to_multiple)(image, self.size_multiple)
 
