@@ -40,8 +40,8 @@ MESSAGES = {
 }
 """Patterns in the text of an error, and the message for each; the first match is used.
 
-``{key}`` is the option with ``--``, ``{class_path}`` the class that the configuration names; other fields are groups
-of the pattern.
+``{key}`` is the option with ``--``, ``{class_path}`` the class that the configuration names, and ``{type}`` the group
+``type`` in plain words. Other fields are groups of the pattern.
 """
 
 
@@ -50,7 +50,7 @@ def explain_config_error(text: str, known: Iterable[str] = ()) -> str:
 
     Args:
         text: Text of the error, which may have several lines.
-        known: Existing options, with ``--``; the most similar one is suggested for an unknown option.
+        known: Existing options, with ``--``; for an unknown option, a similar one is suggested if there is one.
 
     Example:
         >>> explain_config_error("Parser key \"data.crop\":\n  Expected a <class 'int'>. Got value: abc")
@@ -91,7 +91,7 @@ def _option_of(text: str) -> str:
 
 
 def _class_options(key: str, class_path: str) -> list[str]:
-    """Return the options of the class of ``key``: its parameters; none if the class cannot be imported."""
+    """Return the options that set the parameters of a class; none if the class cannot be imported."""
     configured = locate(class_path) if class_path else None
     if not callable(configured):
         return []
@@ -122,6 +122,6 @@ def _type_name(text: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """Return a text as one line."""
+    """Return a text of jsonargparse as one line, without phrases that only its developers understand."""
     line = " ".join(text.split()).replace('"<unicode string>", ', "").removesuffix(":")
     return line.replace("Problems parsing config", "--config: not YAML")

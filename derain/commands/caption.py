@@ -27,7 +27,7 @@ class Captioner(NamedTuple):
 
     Attributes:
         settings: Settings of the run; it resumes only if they are unchanged.
-        caption: Function that returns one caption per pair, for its clean image.
+        caption: Function that returns a caption for the clean image of each pair.
         uses_images: Whether captions depend on the images.
     """
 
@@ -68,7 +68,7 @@ def caption(
 
     Args:
         dataset: Name or folder of a data set.
-        out: Table to write, such as captions.tsv; an unfinished run keeps its captions in captions.tsv.part.
+        out: Table to write, such as captions.tsv; until all images have a caption, captions are in captions.tsv.part.
         split: Split of the data set.
         root: Folder with data sets (default: $DERAIN_DATA).
         degradation: Word for the degradation of the rainy images, appended to each caption.
@@ -81,7 +81,7 @@ def caption(
 
     Raises:
         DerainError: If an option is wrong, the table exists already, the run cannot resume from the .part file, the
-            captioner cannot be loaded, or images cannot be read.
+            captioner cannot be loaded, or images cannot be read or are in shards.
     """
     for option, number in {"--max-tokens": max_tokens, "--batch-size": batch_size}.items():
         if number < 1:
@@ -92,13 +92,13 @@ def caption(
     for note in pair_set.notes:
         print(f"{pair_set.name}: {note}", file=sys.stderr)
     files = table_paths([pair.rainy for pair in pair_set.pairs], out)
-    model = _load_captioner(captioner, degradation, max_tokens, device)
-    journal = Journal(out.with_name(f"{out.name}.part"), model.settings)
-    images = [(file, clean_image(pair).file) for file, pair in zip(files, pair_set.pairs, strict=True)]
-    finished = journal.begin(images, overwrite)
+    loaded_captioner = _load_captioner(captioner, degradation, max_tokens, device)
+    journal = Journal(out.with_name(f"{out.name}.part"), loaded_captioner.settings)
+    file_pairs = [(file, clean_image(pair).file) for file, pair in zip(files, pair_set.pairs, strict=True)]
+    finished = journal.begin(file_pairs, overwrite)
     if finished:
         print(f"{journal.path}: resuming after {len(finished):,} of {len(files):,} captions", file=sys.stderr)
-    texts = caption_pairs(pair_set.pairs, files, model, journal, finished, batch_size)
+    texts = caption_pairs(pair_set.pairs, files, loaded_captioner, journal, finished, batch_size)
     rows = [(file, Caption(text, degradation)) for file, text in zip(files, texts, strict=True)]
     write_captions(out, rows)
     journal.path.unlink(missing_ok=True)
@@ -151,10 +151,11 @@ def caption_pairs(
     finished: Sequence[JournalEntry],
     batch_size: int,
 ) -> list[str]:
-    """Caption each clean image once, and add one entry per pair to the journal, in the order of the pairs.
+    """Caption the clean images, and add entries to the journal in the order of the pairs.
 
-    A resumed run repeats the batch in which it was interrupted. Its batches are thus those of an uninterrupted run,
-    since on some devices, a caption depends on the other images of its batch.
+    Pairs that share a clean image get the same caption. On some devices, a caption depends on the other images of its
+    batch. A resumed run therefore repeats the batch in which it was interrupted: with the same batch size, its batches
+    are those of an uninterrupted run.
 
     Args:
         pairs: Pairs in the order of the table.

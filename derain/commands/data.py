@@ -29,11 +29,11 @@ MAX_ROWS = 10
 """Maximum number of findings of the same level, kind and set in the table; JSON has all findings."""
 
 STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
-"""Colours of findings, by level."""
+"""Text styles of findings, by level."""
 
 
 def list_sets(*, root: Path | None = None, format: Literal["table", "markdown", "json"] = "table") -> int:
-    """List the known data sets: numbers of pairs, where to get them, and which of them are on this machine.
+    """List the known data sets, with their numbers of pairs and sources, and show which sets are on this machine.
 
     Args:
         root: Folder with data sets (default: $DERAIN_DATA).
@@ -120,7 +120,7 @@ def _describe_source(source: Source) -> dict[str, str]:
 
 
 def count_pairs(name: str, root: Path) -> dict[str, int]:
-    """Return the number of pairs of each split of a data set below ``root``, without splits that have none.
+    """Return the number of pairs of each split of a data set in or below ``root``, without splits that have none.
 
     If several folders are named after the data set, the first one that contains pairs is counted.
 
@@ -176,9 +176,9 @@ def fetch_set(
     return verify_sets(folder)
 
 
-def _unpack_set(name: str, archives: Sequence[Path], root: Path, choice: str | None, *, dry_run: bool) -> int:
-    if choice is not None:
-        raise DerainError(f"--from {choice}: not allowed with --archive, which needs no source; omit one of them")
+def _unpack_set(name: str, archives: Sequence[Path], root: Path, from_: str | None, *, dry_run: bool) -> int:
+    if from_ is not None:
+        raise DerainError(f"--from {from_}: not allowed with --archive, which needs no source; omit one of them")
     if dry_run:
         raise DerainError("--dry-run: not allowed with --archive, which fetches nothing; omit one of them")
     folder = unpack_set(name, archives, root)
@@ -217,7 +217,7 @@ def verify_sets(
     Raises:
         DerainError: If a folder does not exist or contains no data set, or the layout is unknown.
     """
-    sets, findings = verify(find_folder(root), against=[find_folder(path) for path in against], layout=layout)
+    sets, findings = verify(find_folder(root), against=[find_folder(other) for other in against], layout=layout)
     counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
     exit_code = 1 if counts["error"] else 0
     if format == "json":
@@ -235,25 +235,25 @@ def verify_sets(
     return exit_code
 
 
-def find_folder(path: Path) -> Path:
-    """Return the folder of a data set in ``$DERAIN_DATA``, given its name.
+def find_folder(name_or_folder: Path) -> Path:
+    """Return the folder of a data set in ``$DERAIN_DATA``, given the name of the set.
 
     A path that exists, or that is not the name of a data set there, is returned unchanged.
     """
     root = os.environ.get("DERAIN_DATA")
-    if path.exists() or not root or not Path(root).is_dir():
-        return path
+    if name_or_folder.exists() or not root or not Path(root).is_dir():
+        return name_or_folder
     for name, layout in LAYOUTS.items():
-        if name.lower() == str(path).lower() and layout.folders:
+        if name.lower() == str(name_or_folder).lower() and layout.folders:
             folders = find_data_set_folders(name, Path(root))
-            return folders[0] if folders else path
-    return path
+            return folders[0] if folders else name_or_folder
+    return name_or_folder
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """Return a table with one row per finding.
+    """Return a table of findings.
 
-    It has at most ``MAX_ROWS`` findings of the same level, kind and set, and a row with the number of further ones.
+    For each level, kind and set, it has the first ``MAX_ROWS`` findings, and a row with the number of further ones.
     """
     table = Table(show_lines=False)
     for column in ("level", "kind", "set", "files", "detail"):
@@ -306,7 +306,7 @@ def synthesize_set(
         seed: Seed of the rain, at least 0.
         per_image: Rainy images per clean photo, 1 to 1000.
         overwrite: Replace a data set of an earlier run.
-        density: Total area of the streaks, divided by the image area, 0 to 4.
+        density: Expected total area of the streaks, divided by the image area, 0 to 4.
         length: Mean length of the nearest streaks in pixels (more if both sides exceed 512 pixels), 1 to 400.
         width: Width of the nearest streaks in pixels (more if both sides exceed 512 pixels), 0.2 to 40.
         angle: Angle from the vertical in degrees, positive for rain that falls to the right, -90 to 90.
@@ -340,8 +340,8 @@ def synthesize_set(
             raise DerainError(f"--{name}: {len(limits)} numbers; give one number, or the smallest and the largest")
         smallest[name], largest[name] = limits[0], limits[-1]
     low, high = PRESETS[preset]
-    limits_of_rain = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
-    unreadable = synthesize(clean, out, limits_of_rain, per_image=per_image, seed=seed, overwrite=overwrite)
+    rain_limits = (dataclasses.replace(low, **smallest), dataclasses.replace(high, **largest))
+    unreadable = synthesize(clean, out, rain_limits, per_image=per_image, seed=seed, overwrite=overwrite)
     print(f"wrote data set: {out} (contact sheet: {out / 'contact_sheet.png'})")
     if unreadable:
         raise DerainError(f"skipped {len(unreadable)} photos that cannot be read: {'; '.join(unreadable)}")

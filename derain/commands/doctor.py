@@ -44,10 +44,10 @@ OPTIONAL = (
 """Optional packages whose versions are shown."""
 
 IMPORTED = ("torch", "torchvision", "torchmetrics", "lightning", "derain.restoration")
-"""Modules to import, each after those that it imports: the first that fails is the cause of later failures."""
+"""Modules to import, each after those that it imports, so that a failure is reported for the module that causes it."""
 
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError, SyntaxError)
-"""Exceptions raised by importing a package whose files are missing, damaged or built for another version."""
+"""Exceptions that an import can raise if files of the package are missing, damaged or built for another version."""
 
 
 def doctor() -> int:
@@ -82,7 +82,7 @@ def _add_packages(table: Table) -> Iterator[str]:
 
 
 def _add_imports(table: Table) -> Iterator[str]:
-    """Import the modules that restoration needs; add the devices to the table. If an import fails, yield why."""
+    """Import the modules that restoration needs; yield why an import fails, or else add the devices to the table."""
     problem = failed_import()
     if problem:
         table.add_row("imports", escape(problem))
@@ -103,13 +103,13 @@ def _add_imports(table: Table) -> Iterator[str]:
 def _add_data_root(table: Table) -> Iterator[str]:
     """Add the folder of the data sets to the table; yield a problem if it does not exist."""
     root = os.environ.get("DERAIN_DATA")
-    table.add_row("DERAIN_DATA", root or "not set: data sets are found by their paths only")
+    table.add_row("DERAIN_DATA", root or "not set: give the paths of data sets, or --root")
     if root is not None and not Path(root).is_dir():
         yield f"DERAIN_DATA={root}: no such folder; set it to the folder with your data sets"
 
 
 def _add_files(table: Table) -> None:
-    """Add the cache folder, and the weights of training runs in the current folder, to the table."""
+    """Add the cache folder, and the weights of training runs in ``./runs``, to the table."""
     folder = cache_folder()
     files = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     size = sum(file.stat().st_size for file in files)

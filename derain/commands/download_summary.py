@@ -39,7 +39,7 @@ def print_form(name: str, form: Form) -> None:
 
 
 def print_download(download: Download) -> None:
-    """Print source, licence, size, number of pairs, checksums and disk space of a download."""
+    """Print source, licence, size, numbers of pairs, checksums and disk space of a download."""
     files = download.listing.files
     print(f"{download.name}: {LAYOUTS[download.name].title}")
     print(f"  source     {download.listing.address}")
@@ -64,7 +64,7 @@ def _size(download: Download) -> str:
     text = f"{decimal(download.listing.size)} in {len(files)} files"
     unknown = sum(file.size is None for file in files)
     if unknown:
-        text += f", not counting {unknown} files of unknown size"
+        text += f", {unknown} of them of unknown size"
     present = download.listing.size - download.missing_bytes
     if present:
         text += f"; {decimal(present)} already downloaded"
@@ -72,7 +72,7 @@ def _size(download: Download) -> str:
 
 
 def _pairs(download: Download) -> str:
-    """Return text with the number of pairs in each split of a download, found by the names of its files."""
+    """Return text with the number of pairs in each split of a download; those in archives are not counted yet."""
     if download.archives:
         return "counted after unpacking"
     names = [file.path for file in download.listing.files]

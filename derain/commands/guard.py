@@ -199,7 +199,7 @@ class Guard:
             raise HTTPException(403, f"Origin {origin!r}: not this page; expected a request from the page itself")
 
     async def _upload(self, request: Request, send: Send) -> None:
-        """Forward an upload; the browser may use its files."""
+        """Forward an upload, and allow the browser to use the uploaded files."""
         response = bytearray()
         succeeded = False
 
@@ -216,7 +216,7 @@ class Guard:
         self._count_upload(request, 0)
 
         async def receive() -> Message:
-            """Receive a part of the upload; after a ``MultiPartException``, Gradio deletes its temporary files."""
+            """Receive a part of the upload; after a ``MultiPartException``, Gradio deletes what it has saved."""
             try:
                 message = await receive_bounded()
                 self._count_upload(request, len(message.get("body", b"")))
@@ -229,7 +229,7 @@ class Guard:
         await self.app(_uncompressed(request), receive, send_and_record)
 
     def _count_upload(self, request: Request, size: int) -> None:
-        """Count bytes of an upload; refuse it if its address has uploaded too many in ``KEEP_MINUTES`` minutes."""
+        """Count bytes of an upload; refuse it if the client has uploaded too many in ``KEEP_MINUTES`` minutes."""
         address = _address(request)
         if not self.files.count(address, size):
             limit = f"{self.files.client_bytes / 1e6:,.0f} MB"
@@ -238,7 +238,12 @@ class Guard:
             )
 
     async def _call(self, request: Request, send: Send) -> None:
-        """Forward a call, if its files and session belong to the browser and its address may add a job."""
+        """Check a call, and forward it.
+
+        Raises:
+            HTTPException: If the data of the call are invalid, its files or its session do not belong to the browser,
+                or the client's address has too many jobs.
+        """
         path, cookie = request.scope["path"], _cookie(request)
         call = await _read_json(request)
         for file in _paths(call):
@@ -250,7 +255,7 @@ class Guard:
         if path == "/gradio_api/call/restore" and not call.get("session_hash"):
             call["session_hash"] = uuid.uuid4().hex  # by default, Gradio would use the name of the job
         self._claim_session(call.get("session_hash"), cookie)
-        self._claim_session(self._session_of_job(call.get("event_id")), cookie)
+        self._claim_session(self._session_name(call.get("event_id")), cookie)
         body = json.dumps(call).encode()  # so that Gradio reads exactly what was checked
         if path in JOINS:
             async with self._joining:  # the queue must not grow between the check and the new job
@@ -342,21 +347,21 @@ class Guard:
             message = ProcessCompletedMessage(output={"error": "cancelled: no client listened"}, success=False)
             self.queue.send_message(event, message)
 
-    def abandoned(self, session: str) -> bool:
+    def abandoned(self, session_name: str) -> bool:
         """Return whether a session has jobs and all of them are abandoned."""
-        jobs = list(self.queue.event_ids_to_events.values())
-        events = [event for event in jobs if event.session_hash == session]
-        return bool(events) and all(map(self._is_abandoned, events))
+        events = list(self.queue.event_ids_to_events.values())
+        own_events = [event for event in events if event.session_hash == session_name]
+        return bool(own_events) and all(map(self._is_abandoned, own_events))
 
     async def _stream(self, request: Request, send: Send) -> None:
         """Forward a stream of events unless its session belongs to another browser.
 
-        A stream of results of a known session counts as a listener, and the browser may use the files in it.
+        A stream of results of a known session counts as a listener, and the browser may use the files in the results.
         """
         path, cookie = request.scope["path"], _cookie(request)
         last_part = path.rsplit("/", 1)[1]
         if path.startswith("/gradio_api/call/"):
-            name = self._session_of_job(last_part)
+            name = self._session_name(last_part)
         elif last_part == "data":
             name = request.query_params.get("session_hash")
         else:
@@ -385,12 +390,12 @@ class Guard:
             session.listeners -= 1
             session.last_open = time.monotonic()
 
-    def _session_of_job(self, job: Any) -> str | None:
+    def _session_name(self, job_id: Any) -> str | None:
         """Return the name of the session of a job whose result has not been read; None for any other value."""
-        if not isinstance(job, str):
+        if not isinstance(job_id, str):
             return None
         pending = list(self.queue.pending_event_ids_session.items())
-        return next((session for session, jobs in pending if job in jobs), None)
+        return next((name for name, job_ids in pending if job_id in job_ids), None)
 
 
 def _address(request: Request) -> str:
@@ -451,7 +456,7 @@ def _with_cookie(request: Request, send: Send) -> Send:
 
 
 def _bounded(request: Request, limit: int) -> Receive:
-    """Return a receiver of a request that raises HTTPException once more than ``limit`` bytes have arrived.
+    """Return a receiver that raises HTTPException once more than ``limit`` bytes of a request have arrived.
 
     Raises:
         HTTPException: If the Content-Length header is not a number or exceeds the limit.

@@ -38,7 +38,7 @@ class PageFiles:
         return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads; return whether its recent uploads are within ``client_bytes``.
+        """Count bytes that an address uploads; return whether its uploads do not exceed ``client_bytes``.
 
         Args:
             address: IP address of the client.
@@ -50,7 +50,7 @@ class PageFiles:
         return total <= self.client_bytes
 
     def delete_old(self) -> None:
-        """Delete files that have not changed for ``KEEP_MINUTES`` minutes; forget their owners and old uploads."""
+        """Delete files that have not changed for ``KEEP_MINUTES`` minutes; forget their owners and old upload sizes."""
         for path in self.folder.rglob("*"):
             try:
                 if not path.is_dir() and time.time() - path.lstat().st_ctime > KEEP_MINUTES * 60:
@@ -61,10 +61,10 @@ class PageFiles:
         oldest = _minute() - KEEP_MINUTES
         self._uploaded = Counter({key: size for key, size in self._uploaded.items() if key[1] >= oldest})
 
-    def _is_inside(self, name: str) -> bool:
+    def _is_inside(self, path: str) -> bool:
         try:
-            return Path(name).is_absolute() and Path(name).resolve().is_relative_to(self.folder)
-        except (OSError, ValueError):  # a name that is too long or contains NUL
+            return Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.folder)
+        except (OSError, ValueError):  # a path that is too long or contains NUL
             return False
 
 

@@ -114,8 +114,8 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None]) -> None:
                         _write(archive, source, folder / path, advance)
             return
         with tarfile.open(archive) as opened_tar:
-            for path, member in _tar_files(archive, opened_tar):
-                content = opened_tar.extractfile(member)
+            for path, tar_info in _tar_files(archive, opened_tar):
+                content = opened_tar.extractfile(tar_info)
                 assert content is not None  # regular files have contents
                 with content:
                     _write(archive, content, folder / path, advance)
@@ -163,15 +163,15 @@ def _safe_path(archive: Path, name: str) -> str:
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.parts:
-        raise _unsafe(archive, name, "is outside the archive")
+        raise _unsafe(archive, name, "is not a path inside a folder")
     is_metadata = path.parts[0] == MACOS_FOLDER or path.name in FOLDER_FILES or path.name.startswith("._")
     return "" if is_metadata else str(path)
 
 
 def _unsafe(archive: Path, name: str, problem: str) -> DerainError:
     return DerainError(
-        f"{archive}: {name!r} {problem}; expected files only; nothing is written outside the folder of the data set; "
-        "use another archive, or unpack it yourself"
+        f"{archive}: {name!r} {problem}; expected only files with relative paths without '..'; use another archive, or "
+        "unpack it yourself"
     )
 
 
