@@ -11,7 +11,7 @@ from derain.models import bundled, public
 
 
 def list_models(*, all: bool = False) -> int:
-    """List the bundled models, with method, size and training sets; --weights accepts their names.
+    """List the bundled models by the name that --weights accepts, with method, size and training sets.
 
     Args:
         all: Also list public models of other people, which are downloaded from the Hugging Face hub on first use.

@@ -24,15 +24,15 @@ def plan(source: str, out: Path) -> dict[Path, Path]:
     """Return the output path of each input.
 
     In an output folder, inputs keep their names, but videos in a container that cannot be written become ``.mp4``.
-    Inputs from a folder also keep their subfolders; those of a glob do not.
+    Inputs from a folder also keep their subfolders; inputs that match a glob do not.
 
     Args:
         source: A file, a folder or a glob.
-        out: A file or folder for one photo or video; a folder for several. A path without suffix is a folder.
+        out: A file or folder if ``source`` is a file, or else a folder. A path without suffix is a folder.
 
     Raises:
-        DerainError: If there are no inputs, two inputs have the same output, an output is an input, or ``out`` has an
-            unsupported suffix or is not a folder where one is needed.
+        DerainError: If there are no inputs, two inputs have the same output, an output is its own input, or ``out`` has
+            an unsupported suffix or is not a folder where one is needed.
     """
     path = Path(source)
     if path.exists() and path.resolve() == out.resolve():

@@ -1,14 +1,14 @@
 // Handles photos that are pasted, chosen or dropped: Gradio uploads a single photo, this script uploads several.
 // The page sets maxMegabytes, the largest size of a file in MiB, and maxPhotos, the largest number of photos.
 
-let chosen = [], unreadable = [];
+let chosen = [], dropMessages = [];
 
-// Restore photos; `messages` has a message about each dropped file or folder that is not among them.
+// Restore photos; `messages` has a message about each dropped file or folder that is not in `files`.
 const choose = (files, messages = []) => {
   const input = document.querySelector("#photo input[type=file]");
   if (!input || !files.length && !messages.length) return;
   if (files.length > 1 || messages.length) {
-    [chosen, unreadable] = [[...files], messages];
+    [chosen, dropMessages] = [[...files], messages];
     document.querySelector("#several").click();
     return;
   }
@@ -19,9 +19,9 @@ const choose = (files, messages = []) => {
 };
 
 // Upload the chosen photos one by one; return their files on the server, and a message for each refused photo.
-// If there are more than maxPhotos, upload none, and return one message.
+// If there are more than maxPhotos, upload none, and add a message that says so.
 const uploadChosen = async () => {
-  const files = [], refused = [...unreadable], photos = chosen, note = document.querySelector("#uploading p");
+  const files = [], refused = [...dropMessages], photos = chosen, note = document.querySelector("#uploading p");
   if (photos.length > maxPhotos) {
     refused.push(`${photos.length} photos: this page restores up to ${maxPhotos} together. Use the command line: ` +
       "`derain restore FOLDER derained`");

@@ -37,7 +37,7 @@ UPLOAD_SEVERAL = """async (...values) => {
   const [files, refused] = await uploadChosen();
   return [files, ...values.slice(1, -1), refused];
 }"""
-"""JavaScript that uploads the chosen photos, and puts them and the messages about refused ones into the inputs."""
+"""JavaScript that uploads the chosen photos. The event's first input becomes the uploads, its last one the messages."""
 
 SCALES = ("full", "auto", "2", "3", "4", "6", "8")
 """Values of ``--scale`` of ``derain restore`` that the page offers; the first is the default."""
@@ -262,7 +262,7 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         session = request.session_hash or ""
         updates: dict[Any, Any] | None = None
         try:
-            settings: dict[str, Any] = {
+            arguments: dict[str, Any] = {
                 "model": _text(model),
                 "amount": _number(amount, "Synthetic rain", 100.0),
                 "seed": int(_number(seed, "Seed", 2.0**32)),
@@ -272,12 +272,12 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
             }
             if len(uploads) == 1 and not messages:
                 ((path, name),) = uploads.items()
-                updates = _result_updates(components, name, service.restore(path, name, **settings))
+                updates = _result_updates(components, name, service.restore(path, name, **arguments))
             elif uploads:
                 total = len(uploads)
                 progress((0, total), unit="photos")
-                settings["progress"] = lambda done: progress((done, total), unit="photos")
-                restored = service.restore_all(uploads, **settings)
+                arguments["progress"] = lambda done: progress((done, total), unit="photos")
+                restored = service.restore_all(uploads, **arguments)
                 updates = _results_updates(components, restored, messages + restored.errors)
         except DerainError as error:
             messages.append(str(error))
@@ -313,13 +313,13 @@ def _add_events(components: _Components, service: RestorationService, abandoned:
         components.scale,
         components.strength,
     ]
-    options: dict[str, Any] = {
+    event_options: dict[str, Any] = {
         "show_progress_on": [components.photo, components.slider, components.pairs],
         "concurrency_id": "restore",
         "preprocess": False,
     }
-    components.photo.upload(restore, [components.photo, *settings], updated, api_name="restore", **options)
-    private: dict[str, Any] = {**options, "api_visibility": "private", "trigger_mode": "always_last"}
+    components.photo.upload(restore, [components.photo, *settings], updated, api_name="restore", **event_options)
+    private: dict[str, Any] = {**event_options, "api_visibility": "private", "trigger_mode": "always_last"}
     components.several.click(
         restore, [components.photos, *settings, components.refused], updated, js=UPLOAD_SEVERAL, **private
     )

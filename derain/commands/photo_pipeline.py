@@ -21,7 +21,7 @@ PIXELS_AHEAD = 48_000_000
 """Maximum number of pixels of all photos that are read, restored or written at a time; one photo may have more."""
 
 WORKERS = 2
-"""Number of threads that read photos, and of those that write them."""
+"""Number of threads that read photos; as many other threads write results."""
 
 BATCHES = 4
 """Maximum number of batches that are restored in one call; on a CPU, maximum number of photos for each thread."""
@@ -152,7 +152,7 @@ class PhotoPipeline:
         return [self._restore([photo], [source])[0] for photo, source in zip(photos, sources, strict=True)]
 
     def _note_size(self, photo: Photo) -> None:
-        """Record the size of a photo; release freed memory if it differs from that of the last photo."""
+        """Record the size of a photo; release freed memory if the last photo had another size."""
         height, width = photo.rgb.shape[:2]
         if (height, width) != self._size:
             release_freed_memory()  # blocks of another size cannot be reused
@@ -195,7 +195,7 @@ def outcome_of(error: DerainError | OSError) -> Outcome:
 
 
 def _pixels(source: Path) -> int:
-    """Return the number of pixels of a photo; 0 if it cannot be opened, which is reported when it is read."""
+    """Return the number of pixels of a photo; 0 if the file cannot be opened: reading it reports the error."""
     try:
         height, width = image_size(source)
     except (DerainError, OSError):

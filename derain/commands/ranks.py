@@ -99,12 +99,12 @@ class Ranks:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Stop observing; if the run has failed, end the ranks that this one has started.
 
-        If another rank has died, an exception about a lost connection is replaced by one of the following.
+        If an observed rank has died, an exception about a lost connection is replaced by one of the following.
 
         Raises:
             DerainError: On rank 0, or on rank 1 if rank 0 has died; the message names the dead rank.
             Stopped: On rank 0, if SIGTERM has stopped another rank.
-            SystemExit: On the remaining ranks, which print no message.
+            SystemExit: On ranks above 1, if rank 0 has died; these ranks print no message.
         """
         try:
             if error is not None:
@@ -116,7 +116,7 @@ class Ranks:
             self._finished.set()
 
     def _explain(self, error: BaseException) -> None:
-        """Raise the exceptions of `__exit__` if ``error`` is about a lost connection and another rank has died."""
+        """Raise the exceptions of `__exit__` if ``error`` is about a lost connection and an observed rank has died."""
         if not (self.rank_0_id or self.processes) or not LOST_CONNECTION.search(f"{type(error).__name__} {error}"):
             return
         self._wait(lambda: self.failure() != "")  # a connection is lost before the process has ended
@@ -145,7 +145,7 @@ class Ranks:
             process.kill()  # a process that waits for a collective ignores SIGTERM
 
     def _watch(self) -> None:
-        """End this process and its children if an observed rank has died and the run does not end in `PATIENCE`."""
+        """End this process and its children if an observed rank has died and the run does not end in time."""
         while not self._finished.wait(INTERVAL):
             failure = self.failure()
             if failure and not self._finished.wait(PATIENCE):

@@ -86,7 +86,8 @@ def restore(
             spandrel supports.
         method: Class of a method outside derain that the weights belong to, such as my_method.MyModule.
         tile: Side of the tiles in pixels, at least 64; auto uses tiles only if memory is short, none uses no tiles.
-        ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on transposed crops.
+        ensemble: Average over 8 flips and rotations, 8 times slower; for methods trained on rotated or transposed
+            crops.
         compare: Also write NAME.EXT-compare.png (for videos NAME.EXT-compare.EXT) with before and after side by side.
         explain: Also write NAME.EXT-explain.png and .json with the method's maps, route and scores; only for photos,
             and only for methods that have maps.
@@ -163,7 +164,7 @@ def _checked_plan(input: str, out: Path, options: FileOptions) -> dict[Path, Pat
 
 
 def _restores_in_bf16(restorer: "Restorer", jobs: Mapping[Path, Path]) -> bool:
-    """Return whether there are videos and they suit bf16; if so, report that they are restored in it."""
+    """Return whether there are videos and the restorer suits bf16; if so, print that videos are restored in bf16."""
     if not any(map(is_video, jobs)) or not _suits_bf16(restorer):
         return False
     print("videos are restored in bf16, which is faster; --precision float32 for exact values", file=sys.stderr)
@@ -178,12 +179,12 @@ def _suits_bf16(restorer: "Restorer") -> bool:
     from derain.methods.interfaces import Sampled
     from derain.restoration import computes_bf16
 
-    has_weights = next(restorer.method.parameters(), None) is not None
-    return has_weights and not isinstance(restorer.method, Sampled) and computes_bf16(restorer.device)
+    has_parameters = next(restorer.method.parameters(), None) is not None
+    return has_parameters and not isinstance(restorer.method, Sampled) and computes_bf16(restorer.device)
 
 
 def _sampling(**options: str | int | None) -> Any:
-    """Return the given sampling options; None if all are None, so that the method uses its own."""
+    """Return the given sampling options; None for the method's own options, if all of the given ones are None."""
     from derain.methods.interfaces import Sampling
 
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -319,7 +320,7 @@ def _next_step(remaining: Sequence[Path], overwrite: bool) -> str:
 def restore_photo(restorer: "Restorer", source: Path, target: Path, options: FileOptions) -> bool:
     """Restore a photo.
 
-    Explanation and comparison are written before the restored photo: if it exists, they exist too.
+    The restored photo is written last: if it exists, explanation and comparison exist, too.
 
     Args:
         restorer: Restores the photo.

@@ -213,7 +213,7 @@ def _sum_columns(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, summary: dict[str, Any]) -> None:
-    """Write ``routes.csv``, ``summary.json`` and contact sheets ``route-N.png``; delete those of earlier runs.
+    """Write ``routes.csv``, ``summary.json`` and contact sheets ``route-N.png``; delete earlier contact sheets.
 
     Args:
         folder: Folder for the files.
@@ -223,25 +223,29 @@ def write_files(folder: Path, sets: Sequence[PairSet], similarities: Tensor, sum
         summary: Content of ``summary.json``.
     """
     image_scores = scores(similarities)
-    images = [(pair_set.name, pair) for pair_set in sets for pair in pair_set.pairs]
+    named_pairs = [(pair_set.name, pair) for pair_set in sets for pair in pair_set.pairs]
     routes = similarities.argmax(1).tolist()
-    _write_csv(folder / "routes.csv", images, routes, similarities, image_scores)
+    _write_csv(folder / "routes.csv", named_pairs, routes, similarities, image_scores)
     with write_whole(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for file in folder.glob("route-[0-9]*.png"):
         file.unlink()
     largest = image_scores.topk(2, dim=1).values
     margins = (largest[:, 0] - largest[:, 1]).tolist()
-    images_by_route: dict[int, list[tuple[float, Pair]]] = {}
-    for margin, (_, pair), image_route in zip(margins, images, routes, strict=True):
-        images_by_route.setdefault(image_route, []).append((margin, pair))
-    for image_route, route_images in images_by_route.items():
-        route_images.sort(key=lambda image: image[0], reverse=True)
-        write_image(folder / f"route-{image_route}.png", route_sheet(route_images))
+    ranked_pairs: dict[int, list[tuple[float, Pair]]] = {}
+    for margin, (_, pair), image_route in zip(margins, named_pairs, routes, strict=True):
+        ranked_pairs.setdefault(image_route, []).append((margin, pair))
+    for image_route, route_pairs in ranked_pairs.items():
+        route_pairs.sort(key=lambda ranked: ranked[0], reverse=True)
+        write_image(folder / f"route-{image_route}.png", route_sheet(route_pairs))
 
 
 def _write_csv(
-    path: Path, images: Sequence[tuple[str, Pair]], routes: Sequence[int], similarities: Tensor, image_scores: Tensor
+    path: Path,
+    named_pairs: Sequence[tuple[str, Pair]],
+    routes: Sequence[int],
+    similarities: Tensor,
+    image_scores: Tensor,
 ) -> None:
     with (
         write_whole(path) as temporary,
@@ -251,19 +255,19 @@ def _write_csv(
         indices = range(similarities.shape[1])
         columns = [*(f"similarity_{index}" for index in indices), *(f"score_{index}" for index in indices)]
         writer.writerow(["set", "image", "route", *columns])
-        rows = zip(images, routes, similarities.tolist(), image_scores.tolist(), strict=True)
+        rows = zip(named_pairs, routes, similarities.tolist(), image_scores.tolist(), strict=True)
         for (set_name, pair), image_route, similarity_row, score_row in rows:
             writer.writerow([set_name, pair.name, image_route, *similarity_row, *score_row])
 
 
-def route_sheet(images: Sequence[tuple[float, Pair]]) -> Image.Image:
+def route_sheet(ranked_pairs: Sequence[tuple[float, Pair]]) -> Image.Image:
     """Return a contact sheet of at most ``SHEET_IMAGES`` images, evenly spaced in the list.
 
     Args:
-        images: Margin and pair of each image; the margin is the difference between its two largest scores.
+        ranked_pairs: Margin and pair of each image; the margin is the difference between its two largest scores.
     """
-    indices = np.linspace(0, len(images) - 1, min(SHEET_IMAGES, len(images))).round().astype(int)
-    selected = [images[index] for index in indices]
+    indices = np.linspace(0, len(ranked_pairs) - 1, min(SHEET_IMAGES, len(ranked_pairs))).round().astype(int)
+    selected = [ranked_pairs[index] for index in indices]
     strips = []
     for start in range(0, len(selected), SHEET_COLUMNS):
         row = selected[start : start + SHEET_COLUMNS]
@@ -294,5 +298,5 @@ def print_table(summary: dict[str, Any]) -> None:
         console.print(Text(f"route {index}: {text}"))
 
 
-def _table_row(name: str, images: int, counts: Sequence[int]) -> list[Text]:
-    return [Text(name), Text(f"{images:,}"), *(Text(f"{count:,} ({count / images:.2%})") for count in counts)]
+def _table_row(name: str, image_count: int, counts: Sequence[int]) -> list[Text]:
+    return [Text(name), Text(f"{image_count:,}"), *(Text(f"{count:,} ({count / image_count:.2%})") for count in counts)]

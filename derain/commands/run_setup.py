@@ -56,7 +56,7 @@ LIMITS = {
 def commit() -> str | None:
     """Return the output of ``git describe`` for the current folder: tag or commit, ``-dirty`` if files have changed.
 
-    It is None without git, outside a repository, or before the first commit.
+    Return None without git, outside a repository, or before the first commit.
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -171,7 +171,7 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
 
     Args:
         csv: Logger of the resumed run.
-        file: Its ``metrics.csv``.
+        file: ``metrics.csv`` of the run.
         checkpoint: Checkpoint from which the run resumes.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
@@ -205,8 +205,9 @@ def _keep_metrics(csv: CSVLogger, file: Path, checkpoint: Path) -> None:
 def save_during_manual_optimization(callback: ModelCheckpoint) -> None:
     """Make a configured ``ModelCheckpoint`` save by time with manual optimisation too.
 
-    Its class becomes ``derain.callbacks.Checkpoint``. If it is of a subclass, its class becomes a new one that derives
-    from the subclass and from ``Checkpoint``; subclasses of ``Checkpoint`` are unchanged.
+    The class of the callback becomes ``derain.callbacks.Checkpoint``. A callback of a subclass of ``ModelCheckpoint``
+    gets a new class that derives from the subclass and from ``Checkpoint``, unless the subclass derives from
+    ``Checkpoint``.
     """
     configured = type(callback)
     if configured is ModelCheckpoint:
@@ -222,7 +223,8 @@ def run_callbacks(
 ) -> list[Callback]:
     """Return the configured callbacks and those that derain adds for a command.
 
-    Only ``fit`` keeps configured callbacks that search for a batch size or learning rate; others log and ignore them.
+    Configured callbacks that search for a batch size or learning rate affect only ``fit``; other commands omit them and
+    log that.
 
     Args:
         configured: Callbacks of the configuration.

@@ -198,10 +198,7 @@ def consecutive_derained_frames(pairs: Sequence[ScoringPair]) -> frozenset[int]:
 def _compare_frames(
     pairs: Sequence[ScoringPair], consecutive: Collection[int], pool: ThreadPoolExecutor
 ) -> list[dict[str, float | None]]:
-    """Return flicker and warping error between each of the frames and the one before it; None for other frames.
-
-    The frames are those whose index is in ``consecutive``.
-    """
+    """Return flicker and warping error between each frame and the previous one; None if not in ``consecutive``."""
 
     def compare(index: int) -> dict[str, float | None]:
         if index not in consecutive:

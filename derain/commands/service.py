@@ -174,7 +174,7 @@ class RestorationService:
         """
         name = Path(name).name
         self.check(upload, name)
-        restorer, facts = self._settings(model, amount, seed, scale, strength)
+        restorer, settings = self._settings(model, amount, seed, scale, strength)
         with self._lock:
             start = time.perf_counter()
             restorer.scale, restorer.strength = scale_factor(scale), strength
@@ -195,10 +195,10 @@ class RestorationService:
             pictures = map_pictures(photo.rgb, derained, maps)
             release_freed_memory()
         height, width = derained.shape[:2]
-        found = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
+        facts = {"model": model, "size": f"{width:,} × {height:,} pixels", "time": f"{seconds:.1f} s", **description}
         if scale == "auto":
-            facts["scale"] = automatic_factor(height, width)
-        return RestoredPhoto(before, after, download, pictures, found | facts)
+            settings["scale"] = automatic_factor(height, width)
+        return RestoredPhoto(before, after, download, pictures, facts | settings)
 
     def restore_all(
         self,
@@ -236,7 +236,7 @@ class RestorationService:
                 f"{len(uploads)} photos: this page restores up to {MAX_PHOTOS} together. Use the command line: "
                 "`derain restore FOLDER derained`"
             )
-        restorer, facts = self._settings(model, amount, seed, scale, strength)
+        restorer, settings = self._settings(model, amount, seed, scale, strength)
         folder = self.folder / uuid.uuid4().hex
         names = _archive_names(uploads)
         targets = {upload: folder / f"{index}{names[upload].suffix}" for index, upload in enumerate(uploads)}
@@ -276,28 +276,28 @@ class RestorationService:
                     progress(len(pairs) + len(errors))
             release_freed_memory()
         seconds = time.perf_counter() - start
-        found = {"model": model, "photos": len(pairs), "time": f"{seconds:.1f} s"}
-        return RestoredPhotos(pairs, errors, download if pairs else None, found | facts)
+        facts = {"model": model, "photos": len(pairs), "time": f"{seconds:.1f} s"}
+        return RestoredPhotos(pairs, errors, download if pairs else None, facts | settings)
 
     def _settings(
         self, model: str, amount: float, seed: int, scale: str, strength: float
     ) -> tuple[Restorer, dict[str, Any]]:
-        """Return the restorer of a model, and as facts the settings that differ from the defaults, by name.
+        """Return the restorer of a model, and the settings that differ from the defaults, by the name on the page.
 
         Raises:
             DerainError: If there is no such model or scale.
         """
         if model not in self.restorers:
             raise DerainError(f"Model {model!r} is not available; choose {' or '.join(self.restorers)}.")
-        facts: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         factor = scale_factor(scale)
         if factor != 1:
-            facts["scale"] = factor
+            settings["scale"] = factor
         if strength < 1:
-            facts["strength"] = f"{strength:g}"
+            settings["strength"] = f"{strength:g}"
         if amount > 0:
-            facts["synthetic rain"] = f"{amount:g} %, seed {seed}"
-        return self.restorers[model], facts
+            settings["synthetic rain"] = f"{amount:g} %, seed {seed}"
+        return self.restorers[model], settings
 
     def _read(self, upload: Path, amount: float, seed: int) -> Photo:
         """Read a photo, remove its EXIF metadata unless ``keep_metadata``, and add synthetic rain if any."""
@@ -461,7 +461,7 @@ def rain_of_amount(amount: float, seed: int) -> Rain:
 
 
 def shrink(picture: NDArray[np.float32], longest: int) -> Pixels:
-    """Return a picture in 8 bits; if its longest side exceeds ``longest``, it is shrunk to that.
+    """Return a picture in 8 bits, shrunk if its longest side exceeds ``longest``.
 
     Args:
         picture: ``(h, w, 3)`` in [0, 1].

@@ -31,7 +31,7 @@ from derain.tables import Cell, Column, Format, Row, Table, Value, write_results
 log = logging.getLogger("derain")
 
 PARTIAL = "*"
-"""Mark of scores that were computed on a part of the images of a set only."""
+"""Mark of PSNR and SSIM that were computed on a part of the images of a set only."""
 
 SEQUENCES = "sequences"
 """Word after the name of a data set, in the header above the columns with means over its sequences."""
@@ -72,7 +72,8 @@ def table(
             cliprpn:10, cliprpn:11, daclip:1, daclip:2, plnlin:2, plnlin:4 or plnlin:6.
         cost: Count parameters, and MACs at 256×256 pixels, of the methods of your results.
         method: Class of a method outside derain whose cost is to be counted, such as my_method.MyModule.
-        best: Print the best PSNR, SSIM, LPIPS and warping error in bold; scores over a part of a set are not compared.
+        best: Print the best PSNR, SSIM, LPIPS and warping error in bold; PSNR and SSIM over a part of a set are
+            not compared.
         format: Output format; CSV and JSON have full precision.
         out: Output file (default: standard output).
         plot: Folder for plots: PSNR against seconds; validation PSNR against epochs, for training runs in the result
@@ -228,14 +229,14 @@ def results_table(rows: Sequence[ResultRow], protocol: str | None, *, best: bool
     table_rows = [Row(row_values, dim=row.note is not None) for row, row_values in zip(rows, values, strict=True)]
     notes = table_notes(rows, protocol)
     if best and any(score.partial_of for row in rows for score in row.scores):
-        notes.append(f"Bold: best score over whole sets; scores with {PARTIAL} are not compared.")
+        notes.append(f"Bold: best score of a column; scores with {PARTIAL} are not compared.")
     return Table(columns, table_rows, notes)
 
 
-def _method_values(row: ResultRow, label: str, numbers: dict[str, int]) -> list[Value]:
+def _method_values(row: ResultRow, label: str, footnotes: dict[str, int]) -> list[Value]:
     """Return the label of a row and its training sets; published rows have a footnote instead of training sets."""
     if row.note:
-        return [Cell(label, footnote=numbers[row.note]), ""]
+        return [Cell(label, footnote=footnotes[row.note]), ""]
     return [label, "; ".join(row.trained_on) or "unknown"]
 
 
@@ -248,7 +249,7 @@ def _score_columns(
         group: Header above the columns.
         scores: Scores of each row, or means over sequences; None for a row without them.
         network: Network of LPIPS, for the header; None if no row has one.
-        best: Whether the best value of a column is marked, unless it is flicker, which has no best value.
+        best: Whether the best value of a column is marked; flicker has no best value.
     """
     for name, title, number_format, direction in SCORE_COLUMNS:
         values = [None if score is None else getattr(score, name) for score in scores]
@@ -265,7 +266,7 @@ def _mark_partial(number: float | None, score: Score | None, header: str) -> Val
 
 
 def _cost_columns(rows: Sequence[ResultRow]) -> Iterator[tuple[Column, list[float | None]]]:
-    """Yield the columns of parameters, MACs and seconds, each with its values, if any row has a value."""
+    """Yield the columns of parameters, MACs and seconds, each with its values, without empty columns."""
     candidates = (
         (Column("parameters (M)", ".2f"), [_scale(row.parameters, 1e-6) for row in rows]),
         (Column("MACs (G)", ".2f"), [_scale(row.macs, 1e-9) for row in rows]),
@@ -294,7 +295,7 @@ def table_notes(rows: Sequence[ResultRow], protocol: str | None) -> list[str]:
         if len(fingerprints) > 1:
             notes.append(f"{name}: rows were scored on different images (fingerprints {', '.join(fingerprints)}).")
     if any(score.sequences for row in rows for score in row.scores):
-        notes.append(f"{SEQUENCES.capitalize()}: means over the sequences, instead of over all frames, of videos.")
+        notes.append(f"{SEQUENCES.capitalize()}: means over the sequences of videos, instead of over all frames.")
     if any(score.flicker is not None for row in rows for score in row.scores):
         notes.append(f"{TEMPORAL.capitalize()}: {TEMPORAL_DEFINITION}.")
     for label, row in zip(row_labels(rows), rows, strict=True):
@@ -391,11 +392,11 @@ def write_plots(folder: Path, rows: Sequence[ResultRow], protocol: str, logs: It
         written.append(plots.curves(folder / "curves.png", dict(zip(runs, curves.values(), strict=True))))
     for name, row in zip(names, rows, strict=True):
         for score in row.scores:
-            images = _read_images(score.image_scores_file, protocol)
-            if images:
+            scores = _read_image_scores(score.image_scores_file, protocol)
+            if scores:
                 title = name + _partial_suffix(score)
                 file = _unused(folder / f"images-{_slug(title)}-{_slug(score.dataset)}.png", written)
-                written.append(plots.before_and_after(file, images, title, score.dataset, protocol))
+                written.append(plots.before_and_after(file, scores, title, score.dataset, protocol))
     return written
 
 
@@ -414,7 +415,7 @@ def _slug(name: str) -> str:
 
 
 def _unused(file: Path, written: Sequence[Path]) -> Path:
-    """Return the path of a plot; a number is added if a written plot has it, since slugs of names may be equal."""
+    """Return the path of a plot; a number is added if another plot has that path, since names may have equal slugs."""
     for count in itertools.count(1):
         candidate = file if count == 1 else file.with_stem(f"{file.stem}-{count}")
         if candidate not in written:
@@ -423,7 +424,7 @@ def _unused(file: Path, written: Sequence[Path]) -> Path:
 
 
 def _read_epochs(file: Path) -> list[tuple[float, float]]:
-    """Return epochs and their ``val/psnr`` in dB from the log of a run; empty if it has none."""
+    """Return epochs and their ``val/psnr`` in dB from the log of a run; empty if the log has none."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             rows = [row for row in csv.DictReader(opened) if row.get("val/psnr") and row.get("epoch")]
@@ -432,7 +433,7 @@ def _read_epochs(file: Path) -> list[tuple[float, float]]:
         raise DerainError(f"{file}: not a log of derain fit ({error}); omit it") from error
 
 
-def _read_images(file: Path | None, protocol: str) -> list[tuple[float, float]]:
+def _read_image_scores(file: Path | None, protocol: str) -> list[tuple[float, float]]:
     """Return the PSNR in dB of each rainy image and of its derained image; empty if there is no file."""
     if file is None or not file.is_file():
         return []

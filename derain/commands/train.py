@@ -201,7 +201,7 @@ class DerainCLI(LightningCLI):
         """Check the trainer's options; set precision, seed, folder and checkpoint of the run.
 
         Raises:
-            DerainError: If an option is invalid, or there is no run to resume.
+            DerainError: If an option is invalid, there is no run to resume, or its checkpoint is damaged.
         """
         config = self.config[self.subcommand]
         check_options(config.trainer, str(self.subcommand))
@@ -265,7 +265,7 @@ class DerainCLI(LightningCLI):
                 remove_unfinished(run, age=3600.0)  # a run may be writing newer files
 
     def _choose_checkpoint(self, config: Any) -> None:
-        """Resume from ``last.ckpt`` if ``--ckpt_path`` is ``last``, or if SLURM has restarted the job and it exists.
+        """Resume from ``last.ckpt`` if ``--ckpt_path`` is ``last``, or if it exists and SLURM has restarted the job.
 
         Raises:
             DerainError: If the checkpoint is damaged, or the folder contains another run of the same SLURM job.
@@ -469,8 +469,8 @@ def run(arguments: list[str]) -> int:
         DerainError: If an option is invalid, or the run cannot start or continue.
         Stopped: If Ctrl-C or SIGTERM stopped the run.
     """
-    for path in model_class_paths(arguments):
-        add_current_folder(path)
+    for class_path in model_class_paths(arguments):
+        add_current_folder(class_path)
     methods()  # imports them, so that --model finds them by class name
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
     # Without this call, jsonargparse only warns of import paths that it denies.
