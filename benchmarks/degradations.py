@@ -1,8 +1,8 @@
 """Draw the degradations that ``--data.rain`` adds to a photo: a row for each kind, with the photo and then each draw.
 
 ``python benchmarks/degradations.py sheet.png`` shows all kinds, ``--rows light varied drops`` only the named ones. A
-name may also be ``folder:PATH`` or a YAML file of ranges. If ``DERAIN_DATA`` is set, further rows show crops of the
-rainy images of those of Rain100L, Rain100H, Rain800 and RealPhotos that it contains.
+name may also be ``folder:PATH`` or a YAML file of ranges. If the folder ``DERAIN_DATA`` is set, further rows show
+crops of rainy images of Rain100L, Rain100H, Rain800 and RealPhotos, as far as they are in the folder.
 """
 
 import argparse

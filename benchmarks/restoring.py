@@ -1,9 +1,9 @@
 """Many images by the model ``default``: ``Restorer`` on 64 images at once against one by one; a folder of 50 photos.
 
 ``restoring.py [--images 64] [--photos 50] [--rounds 3]``. Images are noise of 256×256 pixels; photos are generated,
-768×512, half of them JPEG and half PNG. Targets: all images at once are restored 1.2 times as fast on a CPU, and 6
-times on a GPU; ``derain restore`` spends at least 90 % of the time after its first call of the network in the network.
-Other programs on the same cores distort the results.
+768×512, half of them JPEG and half PNG. Targets: all images at once are restored 1.2 times as fast as one by one on
+a CPU, and 6 times on a GPU; ``derain restore`` spends at least 90 % of the time after its first call of the network in
+the network. Other programs on the same cores distort the results.
 """
 
 import argparse

@@ -4,9 +4,9 @@
 
 - the frames per second of ``rewrite``, and of a plain loop that decodes, changes and encodes one frame after the other;
   a pause of 15 ms stands for a network on another device;
-- the PSNR of frames that are restored one by one, and of the same frames fused with their neighbours. The scenes are a
-  pan, a zoom, a static scene (also with flicker) and an object that moves over a pan (also with the PSNR in its area).
-  Photos are those of scikit-image; the streaks of each frame are drawn anew.
+- the PSNR of frames that are restored one by one, and of the same frames fused with their neighbours, for a pan, a
+  zoom, a static scene and an object that moves over a pan; for the static scene also the flicker, and for the object
+  the PSNR in its area. Photos are those of scikit-image; the streaks of each frame are drawn anew.
 
 Targets, against frames that are restored one by one: a gain of 1 dB on average, at most half the flicker in the static
 scene, and no lower PSNR in the area of the object.

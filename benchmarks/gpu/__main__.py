@@ -3,7 +3,7 @@
 Every item of ``items.ITEMS`` runs in a process of its own and writes a JSON file to ``runs/gpu/DEVICE``. Items with a
 file from the same hardware and versions are skipped, so that an interrupted run continues. The page
 ``benchmarks/gpu.md`` is written from the files. With ``--quick``, sizes are tiny, and the page is written beside the
-files instead. The exit code is 1 if an item is unfinished or a test failed, and 2 if there is no such GPU.
+files instead. The exit code is 1 if an item is unfinished or a test failed, and 2 if CUDA is needed but not available.
 """
 
 import argparse
