@@ -112,15 +112,15 @@ def load(name: Path | str, method: str | type | None = None) -> LoadedMethod:
         DerainError: If the file is absent, damaged, of no known method, or contains NaN or infinity; if it cannot be
             downloaded; if it does not fit its method or the options; or if ``method`` cannot be imported.
     """
-    named = None if method is None else use_method(method)
-    if named is not None and not issubclass(named, TrainableModule):
-        named = None  # a network; weights of RegressionModule refer to it by its path
-    loaded = _load(name, named)
+    named_method = None if method is None else use_method(method)
+    if named_method is not None and not issubclass(named_method, TrainableModule):
+        named_method = None  # a network; weights of RegressionModule refer to it by its path
+    loaded = _load(name, named_method)
     model = public_model(name)
     if model is not None and not loaded.module.trained_on:
         loaded.module.trained_on = model.trained_on
-    if named is not None:
-        _warn_if_unused(name, loaded.module, named)
+    if named_method is not None:
+        _warn_if_unused(name, loaded.module, named_method)
     return loaded
 
 
@@ -143,15 +143,16 @@ def load_checkpoint(path: Path, method: type | None = None) -> LoadedMethod:
     return _from_metadata(path, content, method)
 
 
-def _warn_if_unused(name: Path | str, module: TrainableModule, named: type[TrainableModule]) -> None:
+def _warn_if_unused(name: Path | str, module: TrainableModule, named_method: type[TrainableModule]) -> None:
     """Log a warning if the user named a class from outside derain, but the weights belong to another."""
     written_by = module.metadata()["method"]
-    if class_path(named) in BUILT_IN or named.__name__ == written_by or issubclass(named, type(module)):
+    same = named_method.__name__ == written_by or issubclass(named_method, type(module))
+    if same or class_path(named_method) in BUILT_IN:
         return
-    log.warning("method %s: not used: %s has weights of %s", class_path(named), name, shorten(written_by, 60))
+    log.warning("method %s: not used: %s has weights of %s", class_path(named_method), name, shorten(written_by, 60))
 
 
-def _load(name: Path | str, named: type[TrainableModule] | None) -> LoadedMethod:
+def _load(name: Path | str, named_method: type[TrainableModule] | None) -> LoadedMethod:
     path, (_, options) = locate(name), split_options(name)
     suffix = path.suffix.lower()
     if suffix == ".pt2":
@@ -165,7 +166,7 @@ def _load(name: Path | str, named: type[TrainableModule] | None) -> LoadedMethod
     if content.metadata:
         if options:
             raise options_error
-        return _from_metadata(path, content, named)
+        return _from_metadata(path, content, named_method)
     if content.kind == "published":
         published = _from_published(path, content, options)
         if published is not None:
@@ -181,11 +182,11 @@ def _note(content: Content, module: TrainableModule) -> str:
     return content.label.format(f"{module.title} ({module.parameter_count:,} parameters)")
 
 
-def _from_metadata(path: Path, content: Content, named: type[TrainableModule] | None) -> LoadedMethod:
-    """Build the class that the metadata records, or ``named`` if it has the same name."""
+def _from_metadata(path: Path, content: Content, named_method: type[TrainableModule] | None) -> LoadedMethod:
+    """Build the class that the metadata records, or ``named_method`` if it has the same name."""
     method: type[TrainableModule]
-    if named is not None and named.__name__ == content.metadata["method"]:
-        method = named
+    if named_method is not None and named_method.__name__ == content.metadata["method"]:
+        method = named_method
     else:
         method = find(path, content.metadata)
     module = method.from_content(path, content)

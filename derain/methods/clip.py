@@ -161,11 +161,11 @@ class FrozenCLIP:
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
     @torch.inference_mode()
-    def text_features(self, prompts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
+    def text_features(self, texts: Sequence[str], *, truncate: bool = False) -> Float[Tensor, "n d"]:
         """Return features of texts, not normalised, on the CPU.
 
         Args:
-            prompts: The texts.
+            texts: The texts.
             truncate: Whether to shorten texts that are too long for CLIP.
 
         Raises:
@@ -175,7 +175,7 @@ class FrozenCLIP:
         device = next(model.parameters()).device
         length = model.config.text_config.max_position_embeddings
         tokens = tokenizer(
-            list(prompts),
+            list(texts),
             padding=True,
             truncation=truncate,
             max_length=length if truncate else None,
@@ -183,7 +183,7 @@ class FrozenCLIP:
         )
         counts = tokens.attention_mask.sum(1)
         if counts.max() > length:  # start and end token included
-            longest, count = shorten(prompts[int(counts.argmax())], 60), int(counts.max()) - 2
+            longest, count = shorten(texts[int(counts.argmax())], 60), int(counts.max()) - 2
             raise DerainError(
                 f"prompt {longest!r}: {count} tokens; CLIP accepts at most {length - 2} tokens; shorten it"
             )

@@ -137,7 +137,7 @@ class Costs:
         for name, input_type in self.input_types.items():
             self.types[name] = _sized(input_type, height, width)
         self.values = dict(self.small_weights)
-        constant = {*self.weight_types, ""}  # values that onnxruntime may compute when it loads the graph
+        constant_names = {*self.weight_types, ""}  # values that onnxruntime may compute when it loads the graph
         live_sizes: dict[str, int] = {}
         live = folded = folded_operations = operations = 0
         for index, node in enumerate(self.nodes):
@@ -145,8 +145,8 @@ class Costs:
             sizes = [math.prod(shape) for shape in shapes]
             node_operations = self._operations(node, shapes)
             operations += node_operations
-            if set(node.input) <= constant or self._is_fixed(node):
-                constant.update(node.output)
+            if set(node.input) <= constant_names or self._is_fixed(node):
+                constant_names.update(node.output)
                 folded += sum(sizes)
                 folded_operations += node_operations
             live_sizes |= dict(zip(filter(None, node.output), sizes, strict=True))

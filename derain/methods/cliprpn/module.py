@@ -272,14 +272,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
         """Return the reconstruction loss plus the weighted mask losses (eq. 15).
 
         The sum is logged as ``train/loss``. Its parts are logged as ``train/reconstruction``, before ``rescale``, and
-        ``train/mask_1`` to ``train/mask_3``, without weights.
+        ``train/mask_1`` to ``train/mask_3``, without weights. The exponent of ``dls`` and, with several
+        routes, the share of each route are logged too.
         """
         routes = self._training_routes(batch)
         hyper = self.hparams
         power = exponent(self.trainer.global_step / self.steps, hyper["beta"], hyper["eta"])
         restored = self.network(batch["rainy"], routes)
         loss = reconstruction_loss(restored.derained, batch["clean"], hyper["loss"], power, hyper["smoothing"])
-        parts: dict[str, Any] = {"train/reconstruction": loss}
+        logged: dict[str, Any] = {"train/reconstruction": loss}
         if hyper["rescale"]:
             mean_error = (restored.derained.float() - batch["clean"]).abs().mean()
             loss = loss * (mean_error / loss.clamp_min(1e-12)).detach()
@@ -287,15 +288,15 @@ class CLIPRPNModule(DerainModule, Routed, Explains):
             mask = rain_mask(batch["rainy"], batch["clean"], hyper["mask_threshold"])
             mask_losses = mask_loss(restored.logits, mask, hyper["mask_scaling"])
             for level, level_loss in zip(LEVELS, mask_losses, strict=True):
-                parts[f"train/mask_{level}"] = level_loss
+                logged[f"train/mask_{level}"] = level_loss
                 loss = loss + hyper["mask_weight"] * level_loss
         if hyper["loss"] == "dls":
-            parts["train/exponent"] = power
+            logged["train/exponent"] = power
         if len(self.network.routes) > 1:
             for route in range(len(self.network.routes)):
-                parts[f"train/route_{route}"] = routes.count(route) / len(routes)
+                logged[f"train/route_{route}"] = routes.count(route) / len(routes)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(routes))
-        self.log_dict(parts, batch_size=len(routes))
+        self.log_dict(logged, batch_size=len(routes))
         return loss
 
     def _training_routes(self, batch: PairBatch) -> list[int]:

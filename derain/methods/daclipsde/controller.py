@@ -284,6 +284,6 @@ class FrozenDACLIP:
             degradation: Degradation embeddings.
         """
         controller = self.controller  # loading it sets ``words``
-        texts = nn.functional.normalize(self.clip.text_features(self.words), dim=-1)
-        cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ texts.T
+        text_embeddings = nn.functional.normalize(self.clip.text_features(self.words), dim=-1)
+        cosines = nn.functional.normalize(degradation.float().cpu(), dim=-1) @ text_embeddings.T
         return (controller.logit_scale.exp().cpu() * cosines).softmax(dim=-1)

@@ -120,12 +120,12 @@ class DACLIPModule(TrainableModule):
 
     def _examples(self, batch: PairBatch) -> tuple[Tensor, list[str], list[str]]:
         """Return images, captions and words of a batch: rainy images, then clean images unless ``clean`` is None."""
-        rainy, clean = batch["rainy"], self.hparams["clean"]
+        rainy, clean_word = batch["rainy"], self.hparams["clean"]
         captions = batch.get("caption") or [CAPTION] * len(rainy)
         words = batch.get("degradation") or [self.hparams["degradation"]] * len(rainy)
-        if clean is None:
+        if clean_word is None:
             return rainy, captions, words
-        return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean] * len(rainy)
+        return torch.cat((rainy, batch["clean"])), captions * 2, words + [clean_word] * len(rainy)
 
     def _contrast(self, embeddings: Float[Tensor, "b d"], texts: list[str], scale: Tensor, kind: str) -> Tensor:
         """Return the contrastive loss over the batches of all devices; warn once per ``kind`` if all texts are equal.

@@ -69,8 +69,10 @@ def relativistic_losses(
     """Return the relativistic average loss of each scale.
 
     The loss is low if the ``higher`` logits exceed the mean of the ``lower`` logits, and the ``lower`` logits are below
-    the mean of the ``higher`` logits. The generator's loss is ``relativistic_losses(fake, real)``, that of the
-    discriminator ``relativistic_losses(real, fake)``. Both are computed in float32 or wider, also under autocast.
+    the mean of the ``higher`` logits. The generator's loss is ``relativistic_losses(derained, clean)``, that of
+    the discriminator ``relativistic_losses(clean, derained)``.
+
+    Both are computed in float32 or wider, also under autocast.
 
     Args:
         higher: Logits of the images that should score higher, by scale.

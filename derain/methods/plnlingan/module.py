@@ -214,11 +214,11 @@ class PLNLINGANModule(DerainModule, Explains):
         update_discriminator = self.discriminator is not None and update_number % self.hparams["generator_steps"] == 0
         with torch.set_grad_enabled(update_generator):
             restored: Restored = self.network(rainy, hierarchy=len(self.network.joins) > 0)
-        real = self._clean_features(clean)
+        clean_features = self._clean_features(clean)
         if update_generator:
-            self._backward("train/loss", self.generator_losses(restored, clean, real), count)
+            self._backward("train/loss", self.generator_losses(restored, clean, clean_features), count)
         if update_discriminator:
-            self._backward("train/discriminator", self.discriminator_losses(restored, clean, real), count)
+            self._backward("train/discriminator", self.discriminator_losses(restored, clean, clean_features), count)
         if (batch_idx + 1) % self.hparams["accumulate"] == 0 or self.trainer.is_last_batch:
             self._update(update_generator, update_discriminator)
 
@@ -229,7 +229,9 @@ class PLNLINGANModule(DerainModule, Explains):
             return []
         return cast(Restored, self.network(clean, hierarchy=True)).features
 
-    def generator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
+    def generator_losses(
+        self, restored: Restored, clean: Tensor, clean_features: list[Tensor]
+    ) -> dict[str, list[Tensor]]:
         """Return the unweighted losses of eqs. 8, 10 and 11 by name, without gradients for the discriminator.
 
         Without a discriminator, there are none of eq. 8; with ``alpha`` 0, none of eq. 11.
@@ -237,28 +239,32 @@ class PLNLINGANModule(DerainModule, Explains):
         Args:
             restored: Output of the generator for the rainy images.
             clean: Clean images in [0, 1], padded like the rainy images.
-            real: The generator's features of the clean images, see `_clean_features`.
+            clean_features: The generator's features of the clean images, see `_clean_features`.
         """
         parts = {"pixel": [1 - structural_similarity(restored.derained, clean)]}
         if self.hparams["alpha"]:
             parts["hierarchical"] = hierarchical_losses(restored.images, clean)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)  # no graph for its parameters
-            fake = self.discriminator(restored.derained, restored.features)
+            derained_logits = self.discriminator(restored.derained, restored.features)
             self.discriminator.requires_grad_(True)
             with torch.no_grad():
-                real_logits = self.discriminator(clean, real)
-            parts["generator"] = relativistic_losses(fake, real_logits)
+                clean_logits = self.discriminator(clean, clean_features)
+            parts["generator"] = relativistic_losses(derained_logits, clean_logits)
         return parts
 
-    def discriminator_losses(self, restored: Restored, clean: Tensor, real: list[Tensor]) -> dict[str, list[Tensor]]:
+    def discriminator_losses(
+        self, restored: Restored, clean: Tensor, clean_features: list[Tensor]
+    ) -> dict[str, list[Tensor]]:
         """Return the unweighted losses of the discriminator, without gradients for the generator.
 
-        They are those of eq. 8 with real and derained images exchanged. Arguments are those of `generator_losses`.
+        They are those of eq. 8 with clean and derained images exchanged. Arguments are those of `generator_losses`.
         """
         discriminator = cast(nn.Module, self.discriminator)
-        fake = discriminator(restored.derained.detach(), [features.detach() for features in restored.features])
-        return {"discriminator": relativistic_losses(discriminator(clean, real), fake)}
+        derained_features = [features.detach() for features in restored.features]
+        derained_logits = discriminator(restored.derained.detach(), derained_features)
+        clean_logits = discriminator(clean, clean_features)
+        return {"discriminator": relativistic_losses(clean_logits, derained_logits)}
 
     def _backward(self, name: str, parts: LossesByName, count: int) -> None:
         """Accumulate the gradients of the weighted sum of the losses; log the sum and each loss.

@@ -76,7 +76,7 @@ class PReNet(nn.Module):
         for name in names[:1] if shared else names:
             layers = _conv(32, 32), nn.ReLU(inplace=True), _conv(32, 32), nn.ReLU(inplace=True)
             self.add_module(name, nn.Sequential(*layers))
-        self.branches = names[:1] * 5 if shared else names
+        self.block_names = names[:1] * 5 if shared else names
         self.conv = nn.Sequential(_conv(32, 3))
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -93,7 +93,7 @@ class PReNet(nn.Module):
             if self.recurrent:
                 state = self._lstm(x, state)
                 x = state.hidden
-            for name in self.branches:
+            for name in self.block_names:
                 x = torch.relu_(x + self.get_submodule(name)(x))
             derained = self.conv(x)
             if self.residual:
