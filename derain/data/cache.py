@@ -195,16 +195,16 @@ def open_cache(
     """
     if mode == "off" or not pairs:
         return None
-    folder = (folder or cache_folder()) / "pixels"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
+    pixel_folder = (folder or cache_folder()) / "pixels"
+    pixel_folder.mkdir(parents=True, exist_ok=True)
+    file = pixel_folder / f"{fingerprint(pairs)}-v{CACHE_VERSION}"
     if mode == "auto" and not file.exists() and any(is_remote(pair.rainy) for pair in pairs):
         log.info("pixel cache: off, since shards are read from a URL; --data.cache disk decodes all of them first")
         return None
     index_file = file.with_name(f"{file.name}.npy")
     index = np.load(index_file) if file.exists() and index_file.exists() else buffer_index(pairs, paired=paired)
     need = int((_bytes_per_pixel(paired) * index[:, 1] * index[:, 2]).sum())
-    space = _Space(need, shutil.disk_usage(folder).free, free_memory(), _free_shared_memory())
+    space = _Space(need, shutil.disk_usage(pixel_folder).free, free_memory(), _free_shared_memory())
     requested = mode
     if mode == "auto":
         mode = "disk" if file.exists() else _choose_mode(space)
@@ -238,7 +238,7 @@ def open_cache(
     with FileLock(f"{file}.lock"):
         if not file.exists():
             if need > space.disk:
-                raise DerainError(_disk_full(requested, folder, space))
+                raise DerainError(_disk_full(requested, pixel_folder, space))
             _write_pixels(pairs, index, file, need, paired=paired)
         if not index_file.exists():
             _write_index(index, index_file)
@@ -302,7 +302,7 @@ def _allocate_shared(size: int) -> torch.Tensor | None:
     return buffer
 
 
-def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.uint8], *, paired: bool) -> None:
+def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], buffer: NDArray[np.uint8], *, paired: bool) -> None:
     """Decode all pairs into the buffer."""
 
     def decode(pair_index: int) -> None:
@@ -311,7 +311,7 @@ def _decode(pairs: Sequence[Pair], index: NDArray[np.int64], pixels: NDArray[np.
         offset, height, width = (int(value) for value in index[pair_index])
         size = 3 * height * width
         for image in images:
-            pixels[offset : offset + size] = image.reshape(-1)
+            buffer[offset : offset + size] = image.reshape(-1)
             offset += size
 
     for _ in track(map_in_threads(decode, range(len(pairs))), "Decoding", len(pairs)):

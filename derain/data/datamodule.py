@@ -70,7 +70,7 @@ class RainDataModule(LightningDataModule):
             once; fewer if the images are large or memory does not suffice. ``auto``: 32 on a GPU, 1 on a CPU. With a
             limit on batches, such as ``trainer.limit_test_batches``, each batch has one image.
         val_limit: Maximum number of validation pairs, by default all. With several data sets, the first pairs of each
-            are used, equally many if the sets allow it.
+            are used, about equally many if the sets allow it.
         val_mean: With several validation sets, whether the mean that selects the best checkpoint gives equal weight to
             all ``images`` or to all ``sets``. Means of each set are logged as ``val/SET/psnr`` in both cases.
         workers: Number of loader processes; by default 0 if pixels are cached, else the number of cores less one, at

@@ -79,11 +79,11 @@ def find_sets(root: Path, layout: str | None = None) -> list[DataSplit]:
 
 
 def find_lone_sides(root: Path, found: Sequence[DataSplit]) -> Iterator[tuple[str, list[Path]]]:
-    """Find splits with files but no pairs in folders named after their data set, such as rainy files alone.
+    """Find splits that have files but no pairs, such as rainy files alone, in folders named after a data set.
 
     Args:
         root: Folder of one data set or of several.
-        found: Splits that `find_sets` returned for it.
+        found: Splits that `find_sets` returned for this folder.
 
     Yields:
         Data set and split, such as ``Rain800 train``, and the files without partner.

@@ -17,8 +17,8 @@ BATCH_PIXELS = 2**22
 def evaluation_costs(pairs: Sequence[Pair], split: str, trainer: Trainer | None) -> list[int]:
     """Return the cost of each image, by which images are distributed over ranks: its number of pixels, or 1.
 
-    Costs are 1 with a single rank, and if all ranks must get the same number of images. This is so in validation, since
-    DDP synchronises the ranks before each batch, and with a limit on batches, which counts the batches of each rank.
+    Costs are 1 with a single rank, and if all ranks must get the same number of images: in validation, since DDP
+    synchronises the ranks before each batch, and with a limit on batches, which counts the batches of each rank.
 
     Args:
         pairs: The images.

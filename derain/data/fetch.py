@@ -166,22 +166,22 @@ class Download:
         Raises:
             DerainError: If the earlier call used another source.
         """
-        path = self.part / "files.json"
+        listing_file = self.part / "files.json"
         current = {file.path: [file.size, file.sha256, file.blob_id, file.version] for file in self.listing.files}
-        if path.is_file():
-            earlier = json.loads(path.read_text())
+        if listing_file.is_file():
+            earlier = json.loads(listing_file.read_text())
             if earlier["source"] != str(self.source):
                 raise DerainError(
                     f"{self.part}: contains a part of {earlier['source']}; use the same --from to continue it, or "
                     f"delete the folder to fetch {self.source}"
                 )
-            changed = [name for name, state in earlier["files"].items() if current.get(name) != state]
-            for name in changed:
-                for file in (self.download_folder / name, partial_path(self.download_folder / name)):
+            changed = [path for path, state in earlier["files"].items() if current.get(path) != state]
+            for path in changed:
+                for file in (self.download_folder / path, partial_path(self.download_folder / path)):
                     file.unlink(missing_ok=True)
             if changed:
                 log.info("fetching %d files again, which have changed on the server: %s", len(changed), changed[0])
-        with write_whole(path) as temporary:
+        with write_whole(listing_file) as temporary:
             temporary.write_text(json.dumps({"source": str(self.source), "files": current}))
 
     @contextmanager
@@ -244,8 +244,7 @@ def unpack_set(name: str, archives: Sequence[Path], root: Path) -> Path:
     target = root / target_folder(name)
     check_absent(target)
     members = [member for archive in archives for member in list_members(archive)]
-    names = [member.path for member in members]
-    check_pairs(name, names, f"{', '.join(map(str, archives))}:")
+    check_pairs(name, [member.path for member in members], f"{', '.join(map(str, archives))}:")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=root) as temporary:
         folder = Path(temporary) / "unpacked"

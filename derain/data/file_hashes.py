@@ -1,7 +1,7 @@
 """Cache of content hashes of files, and of results computed from files.
 
-A hash is valid until the size, inode or times of its file change. A result of `cached_numbers` is valid as long as the
-contents of its files are the same, and content saved by `save_computed` as long as its key is.
+A hash is valid until the size, inode or times of its file change. A result of `cached_numbers` is valid until the
+contents of its files change, and content saved by `save_computed` until its key changes.
 """
 
 import hashlib

@@ -222,7 +222,7 @@ def _prefixes(split: Split) -> list[str]:
 
 
 def _with_later_variants(chosen: PairedFiles, later: Sequence[PairedFiles]) -> PairedFiles:
-    """Add to the result of a variant its clashes with later variants, and the numbers of pairs that only they match."""
+    """Add to a variant's result its clashes with later variants, and the numbers of pairs that only these match."""
     clean_files = {rainy: clean for _, rainy, clean in chosen.pairs}
     clashes = list(chosen.clashes)
     unused = []

@@ -465,21 +465,23 @@ def _pair_or_load(root: Path, split: Split, name: str | None = None) -> Detectio
         split: Split to look for.
         name: Layout of the folder; detected by default.
     """
-    names = sorted(list_unsorted(root))  # far faster than in natural order
+    files = sorted(list_unsorted(root))  # far faster than in natural order
 
     def pair() -> Detection:
-        files = sorted(names, key=natural_key)
-        return detect_layout(root, split, files) if name is None else (name, "", pair_files(name, split, root, files))
+        ordered = sorted(files, key=natural_key)
+        if name is None:
+            return detect_layout(root, split, ordered)
+        return name, "", pair_files(name, split, root, ordered)
 
-    if len(names) < CACHED_FROM:
+    if len(files) < CACHED_FROM:
         return pair()
-    key = detection_key(root, split, name, names)
-    cached = load_detection(key, root, names)
+    key = detection_key(root, split, name, files)
+    cached = load_detection(key, root, files)
     if cached is not None:
         layout, reason, paired = cached
         return layout, f"{reason}; from the cache, since no file has changed", paired
     detection = pair()
-    save_detection(key, root, names, detection)
+    save_detection(key, root, files, detection)
     return detection
 
 

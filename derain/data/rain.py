@@ -315,7 +315,7 @@ def image_rng(seed: int, name: str) -> np.random.Generator:
 
 
 def synthesize(
-    clean: Path,
+    clean_folder: Path,
     out: Path,
     limits: tuple[Rain, Rain] = PRESETS["medium"],
     *,
@@ -330,7 +330,7 @@ def synthesize(
     replaced only once all files are complete.
 
     Args:
-        clean: Folder of clean photos; for photos in subfolders, ``NAME`` includes the path of the subfolder.
+        clean_folder: Folder of clean photos; for photos in subfolders, ``NAME`` includes the path of the subfolder.
         out: Folder of the data set.
         limits: Lower and upper limits of the rain (:data:`PRESETS`); the rain of each image is sampled between them.
         per_image: Number of rainy images per photo, 1 to 1000.
@@ -342,17 +342,17 @@ def synthesize(
         A message for each photo that was skipped because it could not be read.
 
     Raises:
-        DerainError: If ``clean`` is not a folder or contains no readable photo, output files of two photos would have
-            the same name, a number is out of range, a lower limit exceeds its upper limit, one folder contains the
+        DerainError: If ``clean_folder`` is not a folder or contains no readable photo, output files of two photos would
+            have the same name, a number is out of range, a lower limit exceeds its upper limit, one folder contains the
             other, or ``out`` is a file, or is not empty and may not be overwritten.
     """
     if not 1 <= per_image <= 1000 or seed < 0:
         raise DerainError(
             f"rain: {per_image} images per photo, seed {seed}; expected 1 to 1000 images and a seed of at least 0"
         )
-    _check_folders(clean, out, overwrite)
+    _check_folders(clean_folder, out, overwrite)
     sample_rain(*limits, np.random.default_rng())  # checks the order of the limits before any work
-    photos = _photos_by_stem(clean, per_image)
+    photos = _photos_by_stem(clean_folder, per_image)
     folder = out.resolve()
     temporary = folder.with_name(f".{uuid.uuid4().hex[:8]}-{folder.name}")
 
@@ -376,7 +376,7 @@ def synthesize(
         results = list(track(threads.map(generate, photos), "Adding rain", len(photos)))
         skipped = [result for result in results if isinstance(result, str)]
         if len(skipped) == len(results):
-            raise DerainError(f"{clean}: none of {len(results)} images can be read; first: {skipped[0]}")
+            raise DerainError(f"{clean_folder}: none of {len(results)} images can be read; first: {skipped[0]}")
         rains_by_photo = {
             stem: result for stem, result in zip(photos, results, strict=True) if not isinstance(result, str)
         }
@@ -393,18 +393,18 @@ def synthesize(
     return skipped
 
 
-def _photos_by_stem(clean: Path, per_image: int) -> dict[str, Path]:
+def _photos_by_stem(clean_folder: Path, per_image: int) -> dict[str, Path]:
     """Return the photos below a folder by relative path without suffix.
 
     Raises:
         DerainError: If there are no photos, or output files would have the same name.
     """
-    files = image_files(clean, recursive=True)
+    files = image_files(clean_folder, recursive=True)
     if not files:
-        raise DerainError(f"{clean}: contains no images; give a folder of clean photos")
+        raise DerainError(f"{clean_folder}: contains no images; give a folder of clean photos")
     photos: dict[str, Path] = {}
     for file in files:
-        first = photos.setdefault(file.relative_to(clean).with_suffix("").as_posix(), file)
+        first = photos.setdefault(file.relative_to(clean_folder).with_suffix("").as_posix(), file)
         if first != file:
             raise DerainError(f"{first} and {file}: both would become the same PNG file; rename one of them")
     if per_image > 1:
@@ -435,16 +435,16 @@ def _write_record(
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_folders(clean: Path, out: Path, overwrite: bool) -> None:
+def _check_folders(clean_folder: Path, out: Path, overwrite: bool) -> None:
     """Check the folders of `synthesize`.
 
     Raises:
-        DerainError: If ``clean`` is not a folder, one folder contains the other, ``out`` is a file, or ``out`` contains
-            files that are not a generated data set, or one that may not be overwritten.
+        DerainError: If ``clean_folder`` is not a folder, one folder contains the other, ``out`` is a file, or ``out``
+            contains files that are not a generated data set, or one that may not be overwritten.
     """
-    if not clean.is_dir():
-        raise DerainError(f"{clean}: no such folder; give a folder of clean photos")
-    out_path, clean_path = out.resolve(), clean.resolve()
+    if not clean_folder.is_dir():
+        raise DerainError(f"{clean_folder}: no such folder; give a folder of clean photos")
+    out_path, clean_path = out.resolve(), clean_folder.resolve()
     if out_path.is_relative_to(clean_path) or clean_path.is_relative_to(out_path):
         raise DerainError(f"{out}: inside the folder of clean photos, or contains it; choose another folder")
     if out.exists() and not out.is_dir():
