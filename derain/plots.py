@@ -37,7 +37,7 @@ MAX_LABEL_OFFSET = 120
 
 @contextmanager
 def _axes(path: Path, title: str, size: tuple[float, float] = (6.4, 4.2)) -> Iterator[Any]:
-    """Yield axes to draw on; when the block succeeds, write the figure as PNG. Its size is in inches."""
+    """Yield axes to draw on; when the block succeeds, write the figure as PNG. ``size`` is in inches."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,9 +115,7 @@ def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float,
 def _label_point(
     axes: Any, name: str, point: tuple[float, float], side: int, color: str, occupied: Sequence[Any]
 ) -> Any:
-    """Write a name at the highest free position beside a point, or at the lowest if none is free.
-
-    Returns the box of the name in pixels.
+    """Write a label at the highest free position beside a point, or at the lowest if none is free.
 
     Args:
         axes: Axes to write on.
@@ -126,13 +124,16 @@ def _label_point(
         side: 1 for a label right of the point, -1 for left.
         color: Colour of the text.
         occupied: Boxes that the label should not cover, in pixels.
+
+    Returns:
+        The box of the label in pixels.
     """
     from matplotlib.transforms import offset_copy
 
     for drop in range(0, MAX_LABEL_OFFSET + 1, 4):
-        position = offset_copy(axes.transData, axes.figure, 8 * side, -drop, units="points")
+        transform = offset_copy(axes.transData, axes.figure, 8 * side, -drop, units="points")
         alignment = "left" if side > 0 else "right"
-        text = axes.text(*point, name, transform=position, ha=alignment, va="center", fontsize=9, color=color)
+        text = axes.text(*point, name, transform=transform, ha=alignment, va="center", fontsize=9, color=color)
         box = text.get_window_extent()
         if not any(box.overlaps(other_box) for other_box in occupied):
             return box

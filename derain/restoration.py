@@ -100,7 +100,7 @@ class Restorer:
             set_sampling(self.method, sampling)
         self.method.fetch_requirements()
         if precision == "bf16" and not computes_bf16(self.device):
-            log.warning("bf16: needs bfloat16 instructions of a CUDA device or x86 processor: using float32")
+            log.warning("bf16: needs bfloat16 instructions of a CUDA device or x86 processor; using float32")
             precision = "float32"
         self.scheduler = Scheduler(self.method, self.device, precision, tile, overlap, ensemble)
         self.scale, self.strength = scale, strength
@@ -125,8 +125,8 @@ class Restorer:
                 on any device, or a list or tuple of any of these; any ``h, w >= 1``. Floats in [0, 1], or uint8.
             conditions: Result of `encode` for another image, such as the first frame of a video; by default each image
                 is encoded.
-            name: Name of the image in messages; for a list or tuple, also one name for each element. If several images
-                have one name, a number is added.
+            name: Name of the image in messages; for a list or tuple, one name for all elements or one for each. If
+                several images have one name, a number is added.
 
         Returns:
             Restored images of the same kind, shape, data type and device. PIL images are returned upright, as RGB or
@@ -238,7 +238,7 @@ class Restorer:
         channels = _to_array(restored)
         if not isinstance(self.method, Explains):
             return Explanation(channels, {}, {})
-        maps = {name: channels[:, :, index] for index, name in enumerate(self.method.maps, 3)}
+        maps = {map_name: channels[:, :, index] for index, map_name in enumerate(self.method.maps, 3)}
         return Explanation(channels[:, :, :3], maps, self.method.describe_image(conditions, 0))
 
 
@@ -393,9 +393,9 @@ def _unpack(rainy: Any, name: str | Sequence[str]) -> _Unpacked:
     if isinstance(rainy, Image.Image):
         return _unpack_picture(rainy, name)
     if isinstance(rainy, np.ndarray) and rainy.ndim in (3, 4):
-        images, part_names, pack = _unpack(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), name)
+        images, image_names, pack = _unpack(torch.from_numpy(np.array(np.moveaxis(rainy, -1, -3))), name)
         return _Unpacked(
-            images, part_names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
+            images, image_names, lambda restored: np.ascontiguousarray(np.moveaxis(pack(restored).numpy(), -3, -1))
         )
     tensor = _checked(rainy.detach() if isinstance(rainy, Tensor) else rainy, name)
     images = list(tensor.reshape(-1, *tensor.shape[-3:]))

@@ -131,12 +131,12 @@ class Table:
         """Return the table and its notes as an object that the package rich prints."""
         table = rich.table.Table(title=self.title, title_justify="left")
         for columns in self._groups():
-            group = columns[0].group
+            group_title = columns[0].group
             header = " / ".join(column.header for column in columns)
             table.add_column(
-                Text(header if group is None else f"{group}\n{header}"),
+                Text(header if group_title is None else f"{group_title}\n{header}"),
                 justify=columns[0].align,
-                no_wrap=group is not None,
+                no_wrap=group_title is not None,
             )
         for row, cells in zip(self.rows, self._formatted(), strict=True):
             texts = [
@@ -167,8 +167,8 @@ class Table:
         headers, rules = [], []
         for columns in self._groups():
             header = " / ".join(column.header for column in columns)
-            group = columns[0].group
-            headers.append(header if group is None else f"{group}, {header}")
+            group_title = columns[0].group
+            headers.append(header if group_title is None else f"{group_title}, {header}")
             rules.append("---" if columns[0].align == "left" else "---:")
         lines = [headers, rules]
         for cells in self._formatted():
@@ -240,16 +240,16 @@ class Table:
         columns = []
         for index, column in enumerate(self.columns):
             values = [row.values[index] for row in self.rows]
-            best = _best(column, values)
-            columns.append([_formatted_cell(value, column, best) for value in values])
+            best_text = _best_text(column, values)
+            columns.append([_formatted_cell(value, column, best_text) for value in values])
         return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _formatted_cell(value: Value, column: Column, best: str | None) -> _Formatted:
+def _formatted_cell(value: Value, column: Column, best_text: str | None) -> _Formatted:
     text = _format(value, column)
     if isinstance(value, Cell):
         return _Formatted(text, False, value.footnote)
-    return _Formatted(text, text == best, None)
+    return _Formatted(text, text == best_text, None)
 
 
 def _format(value: Value, column: Column) -> str:
@@ -260,8 +260,8 @@ def _format(value: Value, column: Column) -> str:
     return value if isinstance(value, str) else format(value, column.spec)
 
 
-def _best(column: Column, values: Sequence[Value]) -> str | None:
-    """Return the text of the best value of a column; None if no value is to be marked."""
+def _best_text(column: Column, values: Sequence[Value]) -> str | None:
+    """Return the text of the best number of a column; None if no number is marked."""
     numbers = [value for value in values if isinstance(value, int | float)]
     if column.best is None or len(numbers) < 2:
         return None

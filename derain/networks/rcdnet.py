@@ -37,7 +37,7 @@ class RCDNet(Network):
     Args:
         stages: Number of stages.
         maps: Number of rain maps and kernels.
-        dual: Number of further channels that the networks of the background process.
+        dual: Number of channels, besides RGB, of the networks for the background.
         blocks: Number of residual blocks of each proximal network.
         kernel: Side of the rain kernels in pixels: odd, at most 31.
 
@@ -104,7 +104,7 @@ class RCDNet(Network):
         self.final = ProximalNetwork(3 + dual, blocks)
 
     def forward(self, rainy: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Restore RGB images in [0, 1] of any size, not clamped, without storing the outputs of the stages."""
+        """Restore RGB images in [0, 1] of any size; the result is not clamped, and outputs of stages are not stored."""
         return self._iterate(rainy, None)
 
     def restore(self, image: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
@@ -117,27 +117,27 @@ class RCDNet(Network):
         rainy = image * MAX_VALUE
         kernel, first_kernel = PARAMETER_FACTOR * self.kernel, PARAMETER_FACTOR * self.first_kernel
         background_steps, rain_steps = PARAMETER_FACTOR * self.background_steps, PARAMETER_FACTOR * self.rain_steps
-        state: Tensor = self.initial(torch.cat((rainy, F.conv2d(rainy, self.filter, padding=1)), dim=1))
-        background = self._store(outputs, "background0", state[:, :3])
+        features: Tensor = self.initial(torch.cat((rainy, F.conv2d(rainy, self.filter, padding=1)), dim=1))
+        background = self._store(outputs, "background0", features[:, :3])
         maps = transposed_convolution(torch.relu(rainy - background - self.threshold), first_kernel)
         for stage, (rain_network, background_network) in enumerate(zip(self.rain, self.background, strict=True)):
             maps = rain_network(maps)
             rain = self._store(outputs, f"rain{stage + 1}", F.conv2d(maps, kernel, padding=kernel.shape[-1] // 2))
             background = torch.lerp(background, rainy - rain, background_steps[stage])
-            state = background_network(torch.cat((background, state[:, 3:]), dim=1))
-            background = self._store(outputs, f"background{stage + 1}", state[:, :3])
+            features = background_network(torch.cat((background, features[:, 3:]), dim=1))
+            background = self._store(outputs, f"background{stage + 1}", features[:, :3])
             if stage < len(self.rain) - 1:
                 maps = maps - rain_steps[stage] * transposed_convolution(background + rain - rainy, kernel)
-        return cast(Tensor, self.final(state))[:, :3] / MAX_VALUE
+        return cast(Tensor, self.final(features))[:, :3] / MAX_VALUE
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: minus and plus the functional convolutions.
+        """Return MACs to add, see `DerainModule.pass_once`: minus and plus those of functional convolutions.
 
-        bench counts them as convolutions; thop misses them.
+        ``derain bench`` counts functional convolutions; thop misses them.
         """
-        kernels = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
-        functional = (kernels + self.filter.numel()) * (output.numel() // output.shape[1])
-        return -functional, functional
+        weights = (2 * len(self.rain) - 1) * self.kernel.numel() + self.first_kernel.numel()
+        functional_macs = (weights + self.filter.numel()) * (output.numel() // output.shape[1])
+        return -functional_macs, functional_macs
 
     @staticmethod
     def _store(outputs: dict[str, Tensor] | None, name: str, image: Tensor) -> Tensor:
@@ -219,20 +219,20 @@ class ResidualBlock(nn.Module):
 
 
 def transposed_convolution(
-    rain: Float[Tensor, "b 3 h w"], kernels: Float[Tensor, "3 n k k"]
+    image: Float[Tensor, "b 3 h w"], kernels: Float[Tensor, "3 n k k"]
 ) -> Float[Tensor, "b n h w"]:
-    """Return the transpose (adjoint) of the convolution of ``n`` rain maps with kernels, applied to an image of rain.
+    """Return the transpose (adjoint) of the convolution of ``n`` rain maps with kernels, applied to an image.
 
-    It is a convolution with the kernels rotated by 180°.
+    The transpose is a convolution with the kernels rotated by 180°.
     """
-    return F.conv2d(rain, kernels.flip(2, 3).transpose(0, 1), padding=kernels.shape[-1] // 2)
+    return F.conv2d(image, kernels.flip(2, 3).transpose(0, 1), padding=kernels.shape[-1] // 2)
 
 
 def streaks(count: int, side: int) -> Float[Tensor, "3 n k k"]:
     """Return the initial rain kernels: vertical streaks of growing length; each channel of a kernel has the sum 1.
 
-    A kernel is a vertically elongated Gaussian. The last five eighths of the kernels are wider, with a wider flat
-    centre. The formula is that of the authors' script ``init_rain_kernel.m`` for 32 kernels of 9×9.
+    A kernel is a vertically elongated Gaussian; the last five eighths of the kernels are wider. The formula is that of
+    the authors' script ``init_rain_kernel.m`` for 32 kernels of 9×9 pixels.
 
     Args:
         count: Number of kernels.

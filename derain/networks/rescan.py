@@ -44,7 +44,7 @@ class SqueezeExcitation(nn.Module):
         return F.leaky_relu_(x * weights[..., None, None], SLOPE)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of means in thop, one per value and mean, and 0."""
         return output.numel() + output.shape[0] * output.shape[1], 0
 
 

@@ -23,7 +23,7 @@ INPUT_SIGMA = 0.5
 """Blur that an image is assumed to have, in pixels (SIFT's value)."""
 
 INTERVALS = 3
-"""Nominally, the standard deviation doubles every three levels. An octave has six levels, and so five differences."""
+"""Number of levels in which the nominal standard deviation doubles. An octave has six levels and five differences."""
 
 
 class ScaleSpace(nn.Module):
@@ -139,15 +139,15 @@ class SummingLSTM(nn.Module):
         return gate if state is None else gate + self.of_hidden[name](state.hidden)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: State) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: omitted convolutions; 0.
+        """Return MACs to add, see `DerainModule.pass_once`: those of omitted convolutions, and 0.
 
         In the first iteration, the authors convolve a hidden state of zeros, and compute a forget gate without effect.
         """
         if inputs[1] is not None:
             return 0, 0
-        hidden = sum(parameter.numel() for parameter in self.of_hidden.parameters())
-        forget = self.get_parameter("of_features.forget.weight").numel()
-        return (hidden + forget) * output.hidden[:, 0].numel(), 0
+        hidden_weights = sum(parameter.numel() for parameter in self.of_hidden.parameters())
+        forget_weights = self.get_parameter("of_features.forget.weight").numel()
+        return (hidden_weights + forget_weights) * output.hidden[:, 0].numel(), 0
 
 
 def _doubled(coarse: Float[Tensor, "b c h w"], fine: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
@@ -241,8 +241,10 @@ class RPDNet(Network):
                 earlier[f"derained{iteration}"] = derained
             x = self.head(torch.cat((image, derained), dim=1))
             octaves = reversed(self.scale_space(x))  # the coarsest scale is the first
-            scales = zip(self.attentions, self.lstms, octaves, states, strict=True)
-            next_states = [lstm(attention(x, differences), state) for attention, lstm, differences, state in scales]
+            modules_and_inputs = zip(self.attentions, self.lstms, octaves, states, strict=True)
+            next_states = [
+                lstm(attention(x, differences), state) for attention, lstm, differences, state in modules_and_inputs
+            ]
             merged = next_states[0].hidden
             for merge, state in zip(self.merges, next_states[1:], strict=True):
                 merged = torch.relu_(merge(torch.cat((state.hidden, _doubled(merged, state.hidden)), dim=1)))

@@ -111,7 +111,7 @@ class SPANet(Network):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of three convolutions without bias, the second with dilation 2; attention can scale the result."""
+    """Residual block of three convolutions without bias, the second with dilation 2; attention scales the residual."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Bottleneck(nn.Module):
         self.conv3 = _conv(dim, dim, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"], attention: Tensor | None) -> Float[Tensor, "b c h w"]:
-        """Return ReLU(x + attention · block(x)); ``attention`` is ``(b, 1, h, w)`` or None for 1 everywhere."""
+        """Return ReLU(x + attention · residual); ``attention`` is ``(b, 1, h, w)`` or None for 1 everywhere."""
         residual = self.conv3(torch.relu_(self.conv2(torch.relu_(self.conv1(x)))))
         return torch.relu_(x + residual if attention is None else torch.addcmul(x, residual, attention))
 
@@ -144,7 +144,7 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.to_map(torch.relu_(self.conv3(x))))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the unused attention over directions; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of the unused attention over directions, and 0."""
         dim, half = self.conv1.in_channels, self.conv1.in_channels // 2
         return (9 * dim * half + 9 * half * half + half * 4) * output.numel(), 0
 

@@ -216,7 +216,7 @@ class SSIDKD(Network):
     def targets(
         self, rainy: Float[Tensor, "b 3 h w"], clean: Float[Tensor, "b 3 h w"], outputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the clean image, and as the rain the rainy minus the clean image; ``code`` has no target."""
+        """Return the clean image for ``derained``, and rainy minus clean for ``rain``; ``code`` has no target."""
         return {"derained": clean, "rain": rainy - clean}
 
     @classmethod

@@ -25,11 +25,11 @@ MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K, which the network subtracts from images."""
 
 BLOCK = r"layers\.\d+\.residual_group\.blocks\.\d+"
-TENSORS = re.compile(
+TENSOR_NAME = re.compile(
     rf"(conv_first|patch_embed\.norm|norm|conv_after_body|conv_last|layers\.\d+\.conv|{BLOCK}\.(norm[12]|attn\.qkv|attn\."
     rf"proj|mlp\.fc[12]))\.(weight|bias)|{BLOCK}\.(attn_mask|attn\.relative_position_(bias_table|index))"
 )
-"""The authors' tensor names. Variants for super-resolution and networks derived from SwinIR have further tensors."""
+"""Pattern of the authors' tensor names. Variants for super-resolution and derived networks have further tensors."""
 
 
 class SwinGroup(nn.Module):
@@ -164,7 +164,7 @@ class SwinIR(Network):
         The other variants have another number of colours, enlarge images, have three convolutions instead of one at
         the end of groups ("3conv"), or have windows of 7 pixels (for images in [0, 255]).
         """
-        if cls.signature not in state or not all(map(TENSORS.fullmatch, state)):
+        if cls.signature not in state or not all(map(TENSOR_NAME.fullmatch, state)):
             return None
         channels, colours = state["conv_first.weight"].shape[:2]
         if colours != 3 or len(state["conv_last.weight"]) != 3:

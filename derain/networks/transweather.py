@@ -19,7 +19,7 @@ from derain.nn.padding import pad_to_minimum
 from derain.nn.pyramid import EPSILON, Block, Embedding, Map, ReducedAttention, split_heads
 
 MIN_SIDE = 48
-"""Minimum side of images: it has 2 pixels at 1/32 of the size, where the attention of a path downsamples maps by 2."""
+"""Minimum side of images in pixels: sides of 2 pixels at 1/32 of the size, which the attention of a path halves."""
 
 
 class QueryAttention(nn.Module):
@@ -55,9 +55,9 @@ class QueryAttention(nn.Module):
         return F.interpolate(results, size=height * width).transpose(1, 2).reshape(x.shape)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: projections; the products of attention.
+        """Return MACs to add, see `DerainModule.pass_once`: those of projections, and those of attention.
 
-        The authors compute a result for each pixel, not for each query.
+        The authors compute a result for each pixel, not for each query. thop misses the matrix products of attention.
         """
         pixels = output.shape[1] * output.shape[2]
         saved_pixels = output.shape[0] * (pixels - self.queries.shape[1])
@@ -135,7 +135,7 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(channels, out_channels, 4, 2, 1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the convolution, as thop counts it; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of the transposed convolution in thop, and 0."""
         return self.weight.numel() * (output.numel() // output.shape[1]), 0
 
 
@@ -273,18 +273,18 @@ class TransWeather(Network):
                 raise DerainError(f"heads {head_count}: expected a divisor of {width}, the number of channels")
         rates = torch.linspace(0, drop, sum(depths)).tolist()
         self.encoder, self.intra = nn.ModuleDict(), nn.ModuleDict()
-        for stage, name in enumerate("1234"):
-            width, reduction = widths[stage], reductions[stage]
-            first_block = sum(depths[:stage])
+        for index, name in enumerate("1234"):
+            width, reduction = widths[index], reductions[index]
+            first_block = sum(depths[:index])
             blocks = (
-                Block(width, ReducedAttention(width, heads[stage], reduction), expansion, rate)
-                for rate in rates[first_block : first_block + depths[stage]]
+                Block(width, ReducedAttention(width, heads[index], reduction), expansion, rate)
+                for rate in rates[first_block : first_block + depths[index]]
             )
-            embedding = Embedding(widths[stage - 1], width) if stage else Embedding(3, width, 7, 4)
+            embedding = Embedding(widths[index - 1], width) if index else Embedding(3, width, 7, 4)
             self.encoder[name] = Stage(embedding, blocks, width)
-            if stage < 3:
+            if index < 3:
                 self.intra[name] = IntraPatch(
-                    width, widths[stage + 1], intra_heads[stage], reduction, expansion, rates[first_block]
+                    width, widths[index + 1], intra_heads[index], reduction, expansion, rates[first_block]
                 )
         width = widths[3]
         decoder_blocks = (
@@ -323,14 +323,14 @@ class TransWeather(Network):
         def shape(name: str) -> list[int]:
             return list(state[name].shape)
 
-        stages = range(1, 5)
-        reductions = (f"Tenc.block{stage}.0.attn.sr.weight" for stage in stages)
-        widths = [shape(f"Tenc.patch_embed{stage}.proj.weight")[0] for stage in stages]
+        numbers = range(1, 5)
+        reduction_names = (f"Tenc.block{number}.0.attn.sr.weight" for number in numbers)
+        widths = [shape(f"Tenc.patch_embed{number}.proj.weight")[0] for number in numbers]
         hidden, width = shape("Tdec.block1.0.mlp.fc1.weight")
         return {
             "widths": widths,
-            "depths": [count_numbered(state, rf"Tenc\.block{stage}\.(\d+)\.") for stage in stages],
-            "reductions": [shape(name)[2] if name in state else 1 for name in reductions],
+            "depths": [count_numbered(state, rf"Tenc\.block{number}\.(\d+)\.") for number in numbers],
+            "reductions": [shape(name)[2] if name in state else 1 for name in reduction_names],
             "expansion": shape("Tenc.block1.0.mlp.fc1.weight")[0] // widths[0],
             "decoder_depth": count_numbered(state, r"Tdec\.block1\.(\d+)\."),
             "decoder_expansion": hidden // width,

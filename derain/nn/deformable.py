@@ -43,8 +43,8 @@ def deformable_convolution(
         return _convolve_samples(x, sampling_grid(offset, weight.shape[2]), mask, weight)
     grid = sampling_grid(offset, weight.shape[2])
     budget = STRIP_BYTES["cpu" if x.device.type == "cpu" else "gpu"]
-    rows = max(1, budget // (mask[:, :, 0].numel() * x.shape[1] * x.element_size()))
-    strips = zip(torch.split(grid, rows, 2), torch.split(mask, rows, 2), strict=True)
+    strip_rows = max(1, budget // (mask[:, :, 0].numel() * x.shape[1] * x.element_size()))
+    strips = zip(torch.split(grid, strip_rows, 2), torch.split(mask, strip_rows, 2), strict=True)
     return torch.cat([_convolve_samples(x, *strip, weight) for strip in strips], dim=2)
 
 

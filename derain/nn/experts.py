@@ -59,7 +59,7 @@ class SeparableExpert(nn.Module):
 class DilatedExpert(nn.Module):
     """Separable convolution of dilation 2.
 
-    ``forward`` omits its 1×1 convolution; `projection` returns its matrix.
+    ``forward`` omits the 1×1 convolution; `projection` returns the matrix of that convolution.
 
     Args:
         channels: Number of channels.
@@ -121,12 +121,12 @@ class ExpertLayer(nn.Module):
         return total.reshape(b, h, w, c)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: merged convolutions and average pooling; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of merged convolutions and average pooling, and 0."""
         channels = output.shape[-1]
-        single = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
+        factors = 2 * channels  # the 1×1 depth-wise convolutions of the first expert
         merged = (EXPERTS - 1 + EXPERTS) * channels**2
         average = channels
-        return (single + merged + average) * (output.numel() // channels), 0
+        return (factors + merged + average) * (output.numel() // channels), 0
 
 
 class ExpertCompensator(nn.Module):
@@ -156,12 +156,12 @@ class ExpertCompensator(nn.Module):
         """Return the compensated features."""
         weights = self.gate(x.mean((1, 2))).unflatten(1, (-1, EXPERTS)).softmax(-1)  # (b, steps, 8)
         x = rectified(pointwise(x, self.preprocess.weight))
-        for step, factors in zip(self.steps, weights.unbind(1), strict=True):
-            x = rectified(x + rectified(step(x, factors)))
+        for step, step_weights in zip(self.steps, weights.unbind(1), strict=True):
+            x = rectified(x + rectified(step(x, step_weights)))
         return x
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: means, one per value and one per mean; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of means in thop, one per value and mean, and 0."""
         return output.numel() + len(output) * output.shape[-1], 0
 
 

@@ -63,9 +63,9 @@ class ScaleFusion(nn.Module):
         return fused
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: a correction; 0.
+        """Return MACs to add, see `DerainModule.pass_once`: a correction, and 0.
 
-        Without it, bench would count the whole weight for each map, instead of one convolution of all maps.
+        ``derain bench`` counts the whole weight for each map, thop one convolution of all maps at the final size.
         """
         pixels = output.numel() // output.shape[1]
         counted = sum(x.numel() // x.shape[1] for x in inputs[0])

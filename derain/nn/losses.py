@@ -81,7 +81,7 @@ def negative_ssim(output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h
 
 
 def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """Return the mean over three layers of VGG16 of the mean squared difference of their outputs.
+    """Return the mean squared difference of VGG16's features of output and target, averaged over three layers.
 
     VGG16 is torchvision's, trained on ImageNet, frozen, and in float32 or wider. As in the authors' code, its input is
     not normalised, unlike in its training.
@@ -114,13 +114,13 @@ def perceptual(output: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"
 
 @cache
 def load_vgg() -> nn.Sequential:
-    """Return the first layers of torchvision's VGG16 with its weights, frozen; fetch the weights if necessary.
+    """Return the first layers of torchvision's VGG16, pretrained and frozen; download the weights if necessary.
 
     The network is loaded once in a process. It is not a submodule of a method, so checkpoints and optimizers do not
     contain it.
 
     Raises:
-        DerainError: If the weights are damaged, or not in the cache of ``torch.hub`` and cannot be fetched.
+        DerainError: If torchvision is not installed, or the weights are damaged or cannot be downloaded.
     """
     with BACKBONES["vgg"].loading("perceptual loss"):
         from torchvision.models import VGG16_Weights, vgg16
@@ -129,8 +129,10 @@ def load_vgg() -> nn.Sequential:
             layers: nn.Sequential = vgg16(init_weights=False).features[: max(VGG_LAYERS.values()) + 1]
         prefix = "features."
         state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
-        own = {f"{prefix}{name}" for name in layers.state_dict()}
-        layers.load_state_dict({n.removeprefix(prefix): w.clone() for n, w in state.items() if n in own}, assign=True)
+        needed_names = {f"{prefix}{name}" for name in layers.state_dict()}
+        layers.load_state_dict(
+            {n.removeprefix(prefix): w.clone() for n, w in state.items() if n in needed_names}, assign=True
+        )
     return layers.eval().requires_grad_(False)
 
 

@@ -12,5 +12,5 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` whose operations ``derain bench`` counts, for networks whose published MACs include them."""
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the normalisation; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of the normalisation in thop, and 0."""
         return OPERATIONS * output.numel(), 0

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from derain.nn.normalization import LayerNorm
 
 EPSILON = 1e-6
-"""Epsilon of the layer normalisations in blocks and at the end of stages; others have PyTorch's default of 1e-5."""
+"""Epsilon of the layer normalisations before attention, before the feed-forward network and after the last block.
+
+Those in `Embedding` and `ReducedAttention` have PyTorch's default of 1e-5.
+"""
 
 Map = Float[Tensor, "b _ _ _"]
 """Map ``(b, h, w, c)``."""
@@ -90,9 +93,9 @@ class ReducedAttention(nn.Module):
         return cast(Tensor, self.project(attended.reshape(x.shape)))
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: 0; the products of attention."""
-        reduced = (output.shape[1] // self.reduction) * (output.shape[2] // self.reduction)
-        return 0, 2 * output.numel() * reduced
+        """Return MACs to add, see `DerainModule.pass_once`: 0, and those of attention, which thop misses."""
+        reduced_pixels = (output.shape[1] // self.reduction) * (output.shape[2] // self.reduction)
+        return 0, 2 * output.numel() * reduced_pixels
 
 
 class FeedForward(nn.Module):

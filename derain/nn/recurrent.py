@@ -156,7 +156,7 @@ class RecurrentStage(nn.Module):
         return self.blocks(state.hidden), state
 
     def extra_macs(self, inputs: tuple[Any, ...], output: tuple[Tensor, State]) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the forget gate if there is no state; 0."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of the forget gate if there is no state, and 0."""
         if inputs[1] is not None:
             return 0, 0
         return self.forget_gate.weight.numel() * output[0][:, 0].numel(), 0

@@ -68,7 +68,7 @@ def strips(x: Float[Tensor, "b h w c"], width: int, halo: int = 1) -> Iterator[t
         halo: Number of neighbouring rows above and below a strip, at least 1; fewer at the border of the map.
 
     Yields:
-        Slice of the strip's rows in the map; the strip with its neighbouring rows; slice of its own rows in the latter.
+        Slice of the strip's rows in the map; the strip with its neighbouring rows; slice of its rows in the second.
     """
     if torch.is_grad_enabled() or compiling_or_exporting():
         yield slice(None), x, slice(None)
@@ -153,11 +153,11 @@ class Attention(nn.Module):
         return scores.softmax(-1)
 
     def extra_macs(self, inputs: tuple[Any, ...], output: Tensor) -> tuple[int, int]:
-        """Return two counts for ``derain bench``, see `pass_once`: the output projection; the products of attention."""
+        """Return MACs to add, see `DerainModule.pass_once`: those of the output projection, and those of attention."""
         weight = self.project_out.weight
         pixels = output.numel() // len(weight)
-        projection = weight.numel() * pixels
-        return projection, 2 * projection // len(self.temperature)
+        projection_macs = weight.numel() * pixels
+        return projection_macs, 2 * projection_macs // len(self.temperature)
 
     def _products(self, query: Tensor, key: Tensor) -> Float[Tensor, "b heads d d"]:
         """Return the products of query and key channels, summed over the pixels."""
@@ -326,7 +326,7 @@ class TransformerBlock(nn.Module):
     Args:
         channels: Number of channels.
         heads: Number of heads of the attention.
-        expansion: Expansion of the feed-forward network, see ``feed_forward``.
+        expansion: Second argument of ``feed_forward``: by default hidden channels of a branch divided by ``channels``.
         attention: Class of the attention; its arguments are ``channels`` and ``heads``.
         feed_forward: Class of the feed-forward network, with the interface of `GatedFeedForward`; its arguments are
             ``channels`` and ``expansion``.
@@ -419,7 +419,7 @@ class Restormer(nn.Module):
         dim: Number of channels at the finest level; it doubles at each level.
         blocks: Number of transformer blocks at each of the four levels; the decoder has as many as the encoder.
         refinement: Number of refinement blocks, at full resolution after the decoder.
-        heads: Number of attention heads at each of the four levels; must divide its channels.
+        heads: Number of attention heads at each of the four levels; must divide the channels of the level.
         expansion: Hidden channels of the feed-forward networks divided by their channels.
         block: Class of the transformer blocks, with the first three arguments of `TransformerBlock`.
         bias: Whether convolutions have biases, except those of blocks, downsampling and upsampling.

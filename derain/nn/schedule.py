@@ -18,9 +18,9 @@ def warm_up_then_cosine(steps: int, warm_up: float, minimum: float = 0.0, hold: 
         Function of the step, from 0, that returns the factor of the learning rate.
 
     Example:
-        >>> factor = warm_up_then_cosine(100, 0.1)
-        >>> factor(0), factor(9), factor(10), round(factor(55), 3), round(factor(100), 3)
-        (0.1, 1.0, 1.0, 0.5, 0.0)
+        >>> schedule = warm_up_then_cosine(100, 0.1)
+        >>> [round(schedule(step), 3) for step in (0, 9, 10, 55, 100)]
+        [0.1, 1.0, 1.0, 0.5, 0.0]
     """
     warm_up_steps = round(warm_up * steps)
     decay_start = warm_up_steps + round(hold * steps)
@@ -49,8 +49,8 @@ def multiplied_at(milestones: Sequence[int], factor: float) -> Callable[[int], f
         Function of the step or epoch, from 0, that returns the factor of the learning rate.
 
     Example:
-        >>> rate = multiplied_at([2, 3], 0.1)
-        >>> [round(rate(epoch), 3) for epoch in range(5)]
+        >>> schedule = multiplied_at([2, 3], 0.1)
+        >>> [round(schedule(epoch), 3) for epoch in range(5)]
         [1.0, 1.0, 0.1, 0.01, 0.01]
     """
     ordered = sorted(milestones)

@@ -82,11 +82,11 @@ class WindowBlock(SwinTransformerBlock):
         right = self.shift if width > self.shift_above else 0
         if down or right:
             x = torch.roll(x, (-down, -right), (1, 2))
-        rows = self._strip_rows(x)
-        if rows >= height:
+        strip_rows = self._strip_rows(x)
+        if strip_rows >= height:
             x = self._transform(x, self._mask(x, down, right))
         else:
-            x = self._transform_strips(x, rows, down, right)
+            x = self._transform_strips(x, strip_rows, down, right)
         if down or right:
             x = torch.roll(x, (down, right), (1, 2))
         return x
@@ -100,15 +100,15 @@ class WindowBlock(SwinTransformerBlock):
         scores = batch * width * self.window**3 * self.attn.num_heads  # attention scores of one row of windows
         return max(1, budget // (scores * x.element_size())) * self.window
 
-    def _transform_strips(self, x: Features, rows: int, down: int, right: int) -> Features:
-        """Transform a shifted map strip by strip; only its last strip contains rows from the opposite border."""
+    def _transform_strips(self, x: Features, strip_rows: int, down: int, right: int) -> Features:
+        """Transform a shifted map strip by strip; only the last strip contains rows from the opposite border."""
         height = x.shape[1]
         out = torch.empty_like(x)
-        for top in range(0, height, rows):
-            strip = x[:, top : top + rows]
-            is_last = top + rows >= height
+        for top in range(0, height, strip_rows):
+            strip = x[:, top : top + strip_rows]
+            is_last = top + strip_rows >= height
             mask = self._mask(strip, down if is_last else 0, right)
-            out[:, top : top + rows] = self._transform(strip, mask)
+            out[:, top : top + strip_rows] = self._transform(strip, mask)
         return out
 
     def _mask(self, strip: Features, down: int, right: int) -> Tensor | None:
@@ -153,11 +153,11 @@ def shift_mask(
         tensor([[   0.,    0.,    0.,    0.],
                 [   0., -100.,    0., -100.]])
     """
-    rows = torch.zeros(height, dtype=torch.int64)
-    columns = torch.zeros(width, dtype=torch.int64)
-    rows[height - down :] = 1
-    columns[width - right :] = 2
-    return _mask(rows[:, None] + columns, side).to(device)
+    row_regions = torch.zeros(height, dtype=torch.int64)
+    column_regions = torch.zeros(width, dtype=torch.int64)
+    row_regions[height - down :] = 1
+    column_regions[width - right :] = 2
+    return _region_mask(row_regions[:, None] + column_regions, side).to(device)
 
 
 def transform_shifted(
@@ -184,11 +184,11 @@ def transform_shifted(
     right = shift * (width > above)
     regions = (rows + down >= height).int()[:, None] + 2 * (columns + right >= width).int()
     shifted = x[:, (rows + down) % height][:, :, (columns + right) % width]
-    transformed = transform(shifted, _mask(regions, side))
+    transformed = transform(shifted, _region_mask(regions, side))
     return transformed[:, (rows - down) % height][:, :, (columns - right) % width]
 
 
-def _mask(regions: Int[Tensor, "h w"], side: int) -> Float[Tensor, "n k k"]:
+def _region_mask(regions: Int[Tensor, "h w"], side: int) -> Float[Tensor, "n k k"]:
     """Return the attention mask of windows: -100 between pixels from different regions of the map, else 0."""
     windows = window_partition(regions[None, :, :, None], (side, side)).flatten(1)
     return torch.where(windows[:, None] == windows[:, :, None], 0.0, MASKED)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 RADIUS = 5
-"""Radius of the Gaussian window in pixels; its side is 11."""
+"""Radius of the Gaussian window in pixels; the side of the window is 11."""
 
 SIGMA = 1.5
 """Standard deviation of the Gaussian window in pixels."""
