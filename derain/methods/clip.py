@@ -136,7 +136,7 @@ class FrozenCLIP:
         return resize_and_crop_geometry(height, width, self._loaded[2].size["shortest_edge"], self.side)
 
     def pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
-        """Return images resized, cropped at the centre and normalised for CLIP, on their device.
+        """Return images resized, cropped at the centre and normalised for CLIP, on the same device.
 
         Resizing is antialiased bicubic interpolation, as in Pillow, but in floating point. Channels are normalised by
         CLIP's mean and standard deviation.

@@ -175,7 +175,7 @@ class Costs:
         return first_size != self.size and first_shape == shape
 
     def _infer(self, node: Any) -> Sequence[Sequence[int]]:
-        """Infer the types of a node's outputs, compute their values if these are small, and return their shapes."""
+        """Infer the types of a node's outputs, compute the values of small outputs, and return all shapes."""
         from onnx import defs, numpy_helper, shape_inference
 
         types = {name: self.types[name] for name in node.input if name}

@@ -262,7 +262,7 @@ def _is_network(found: object) -> bool:
 
 
 def _import(name: str, argument: str) -> Any:
-    """Import a class by its path; it may be nested in another class.
+    """Import a class, which may be nested in another class, by its path.
 
     Raises:
         ArgumentError: If there is no such class, or its module cannot be imported.

@@ -95,8 +95,8 @@ PROMPTS = {
 }
 """Prompt sets by name.
 
-``1``, ``2`` and ``3`` are numbered as in Table 5. ``2-long`` and ``3-distortion`` are their variants in Tables 8 and 9.
-``rain`` and ``intensity`` are the sets of Tables 1 and 2.
+``1``, ``2`` and ``3`` are numbered as in Table 5. ``2-long`` and ``3-distortion`` are variants of ``2`` and ``3``
+in Tables 8 and 9. ``rain`` and ``intensity`` are the sets of Tables 1 and 2.
 """
 
 

@@ -146,8 +146,9 @@ class Routing:
             index: Index of the image in the batch.
 
         Returns:
-            ``route``, its index; ``untrained``, true, if no training sample took it; and if CLIP chose it, ``prompt``
-            and ``scores`` (eq. 1) by prompt. Empty if ``conditions`` is empty.
+            ``route``: the index of the route. ``untrained``: true; present only if no training sample took the route.
+            ``prompt``, and ``scores`` (eq. 1) by prompt: present only if CLIP chose the route. Empty if ``conditions``
+            is empty.
         """
         if not conditions:
             return {}

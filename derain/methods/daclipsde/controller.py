@@ -120,7 +120,7 @@ def load_controller(file: Path, clip: FrozenCLIP) -> tuple[Controller, Mapping[s
         clip: CLIP to connect the controller to. If the file records the hash of a different one, a warning is logged.
 
     Returns:
-        The controller, and the metadata of its file, which is empty for the authors' checkpoint.
+        The controller, and the metadata of its file; for the authors' checkpoint, the metadata is empty.
 
     Raises:
         DerainError: If CLIP is not available, or the file cannot be read, contains no controller, or does not fit CLIP.
@@ -187,7 +187,7 @@ class FrozenDACLIP:
     Args:
         clip: Id on the Hugging Face hub or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint; ``$DERAIN_CONTROLLER`` takes precedence.
-            None: an untrained controller; both its embeddings are CLIP's own.
+            None: an untrained controller, with which both embeddings are CLIP's own.
 
     Attributes:
         file: Path of the controller's file; None for an untrained controller.

@@ -65,7 +65,7 @@ class DACLIPSDEModule(DerainModule, Sampled, Explains, RunsGraph):
             and in the middle; ``degradation``, by a prompt that is added to the time embedding; ``both``; or ``none``.
         clip: Id on the Hugging Face hub, or a local directory; ``$DERAIN_CLIP`` takes precedence.
         controller: Weights of `DACLIPModule`, or the authors' checkpoint of DA-CLIP; ``$DERAIN_CONTROLLER`` takes
-            precedence. Default: an untrained controller, with a warning; both its embeddings are CLIP's own.
+            precedence. Default: an untrained controller, with a warning; both embeddings are then CLIP's own.
         channels: Channels at full resolution, see `ConditionalUNet`.
         multipliers: Channels after each level, as multiples of ``channels``; IR-SDE: 2, 4, 8, 16.
         attention: Self-attention: ``none`` or ``linear``, see `ConditionalUNet`.

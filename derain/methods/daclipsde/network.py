@@ -29,7 +29,7 @@ AttentionKind = Literal["linear", "none"]
 HEAD = 32
 """Channels of an attention head."""
 STRIP = 2048
-"""Number of pixels in a strip, approximately: their queries, or keys and values, fit into the cache of a CPU core."""
+"""Approximate number of pixels in a strip, whose queries, or keys and values, fit into the cache of a CPU core."""
 
 Map = Float[Tensor, "_ _ _ _"]  # (b, c, h, w); channels and sizes change from layer to layer
 Embedding = Float[Tensor, "_ _"]

@@ -174,7 +174,7 @@ class MeanRevertingSDE:
         """Return factors for preconditioning (Karras et al., NeurIPS 2022): ``input_scale``, ``slope`` and ``error``.
 
         ``input_scale * (x(t) - μ)`` has unit variance. The best linear estimate of the noise in a state is
-        ``slope * (x(t) - μ)``, and ``error`` is the standard deviation of its error.
+        ``slope * (x(t) - μ)``, and ``error`` is the standard deviation of this estimate's error.
 
         Args:
             times: Times ``t`` from 1.
@@ -195,7 +195,7 @@ class MeanRevertingSDE:
     def euler(
         self, state: Image, rainy: Image, score: Image, times: Times, earlier: Times, *, ode: bool = False
     ) -> Image:
-        """Return the result of an Euler step back in time without its noise: of eq. 9, or of the probability flow ODE.
+        """Return the state after an Euler step back in time, without noise: of eq. 9, or of the probability flow ODE.
 
         Args:
             state: States ``x(t)``.

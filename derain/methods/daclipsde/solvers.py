@@ -7,7 +7,7 @@ The ``mrs-*`` and ``mars-*`` solvers are semi-analytic. With ``y = x - μ``, the
 variance-preserving diffusion of ``y / λ`` with signal ``α = exp(-τ)`` and noise ``σ = √(1 - α²)``. In terms of
 ``ℓ = log(α / σ)``, half the log signal-to-noise ratio, the probability flow is ``d(y/σ) / dℓ = exp(ℓ) ŷ``, where ``ŷ``
 is the estimated clean residual. The solution is exact except for ``ŷ``, which is approximated as a function of ``ℓ``:
-by a constant (order 1), or by a line through its last two values (order 2). Over a step from ``t`` to ``s`` with
+by a constant (order 1), or by a line through the last two ``ŷ`` (order 2). Over a step from ``t`` to ``s`` with
 ``h = ℓ_s - ℓ_t`` and standard normal noise ``z``:
 
     ode, κ = 1:  y_s = σ_s/σ_t y_t + α_s D
@@ -171,7 +171,7 @@ class _SemiAnalytic:
         noise: Noise for ``stochastic`` steps.
         order: 1, or 2 for a line through the last two estimates.
         stochastic: Whether to solve the SDE instead of the probability flow.
-        integrated: Whether order 2 integrates the line, as MaRS does, instead of using its value in the middle.
+        integrated: Whether order 2 integrates the line, as MaRS does, instead of using the line's value in the middle.
     """
 
     def __init__(

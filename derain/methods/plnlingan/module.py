@@ -66,8 +66,8 @@ class PLNLINGANModule(DerainModule, Explains):
             be 1.
         learning_rate: Learning rate of both Adam optimisers; section 4.1: 1e-4.
         milestones: Epochs after which the learning rate is divided by 10; section 4.1: 300, 400 of 500.
-        clip: Maximum gradient norm of each network; None: no clipping. The discriminator's gradient is small, since its
-            loss has the weights of eq. 12.
+        clip: Maximum gradient norm of each network; None: no clipping. The discriminator's gradient is small, since
+            the weights of eq. 12 are.
         accumulate: Number of batches whose gradients are accumulated before an update; at the end of an epoch, an
             update follows in any case.
 

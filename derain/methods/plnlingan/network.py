@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
 class SFT(nn.Module):
     """Spatial feature transform (SFT): scales and shifts features depending on those of another branch.
 
-    Two 1×1 convolutions compute the scale γ, and two the shift β; their first convolutions are merged into one layer.
+    Two 1×1 convolutions compute the scale γ, and two the shift β. The first ones of both pairs are one layer.
 
     Shape:
         ``(b, h, w, channels)`` twice → ``(b, h, w, channels)``.
