@@ -122,6 +122,6 @@ def _type_name(text: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """Return a text of jsonargparse as one line, without phrases that only its developers understand."""
+    """Return a text of jsonargparse as one line, with phrases that are obscure to users removed or replaced."""
     line = " ".join(text.split()).replace('"<unicode string>", ', "").removesuffix(":")
     return line.replace("Problems parsing config", "--config: not YAML")

@@ -38,7 +38,7 @@ class PageFiles:
         return isinstance(path, str) and cookie in self._owners.get(path, ()) and self._is_inside(path)
 
     def count(self, address: str, size: int) -> bool:
-        """Count bytes that an address uploads; return whether its uploads do not exceed ``client_bytes``.
+        """Count bytes that an address uploads; return False if its recent uploads exceed ``client_bytes`` in all.
 
         Args:
             address: IP address of the client.

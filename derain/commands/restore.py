@@ -184,7 +184,7 @@ def _suits_bf16(restorer: "Restorer") -> bool:
 
 
 def _sampling(**options: str | int | None) -> Any:
-    """Return the given sampling options; None for the method's own options, if all of the given ones are None."""
+    """Return the sampling options that are not None; return None if all are None: the method then uses its own."""
     from derain.methods.interfaces import Sampling
 
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -290,7 +290,7 @@ def _restore_all(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileO
 
 
 def _outcomes(restorer: "Restorer", jobs: Mapping[Path, Path], options: FileOptions) -> Iterator[Outcome]:
-    """Restore files in order and yield their outcomes; a `PhotoPipeline` restores photos that follow one another."""
+    """Restore files in order and yield their outcomes; a `PhotoPipeline` restores several photos in a row."""
     for are_videos, sources in itertools.groupby(jobs, is_video):
         group = {source: jobs[source] for source in sources}
         if not are_videos and len(group) > 1:
