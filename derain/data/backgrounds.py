@@ -25,7 +25,7 @@ _MAX_FEATURES = 150  # per image
 _NEIGHBOURS = 8  # number of most similar features that are searched for each feature
 _MAX_DISTANCE = 250  # between SIFT descriptors; features of copies are closer, most others farther
 _MAX_ROTATION_ERROR = 12  # degrees between the rotation of a feature and the nearest multiple of 90
-_MAX_GROUP = 40  # matching features used to fit scale and shift
+_MAX_GROUP = 40  # at most so many matching features are used to fit scale and shift
 _TOLERANCE = 4.0  # pixels between matching features after scale and shift
 _THUMBNAIL_SIDE = 16
 _THUMBNAIL_CORRELATION = 0.96  # above it, two whole images are compared pixel by pixel
@@ -105,7 +105,7 @@ def compute_signature(pixels: Pixels, *, rainy: bool = False, features: bool = T
 
     Args:
         pixels: ``(h, w, 3)`` in 0 to 255.
-        rainy: Whether the image has rain; if so, thin bright streaks are suppressed before anything else.
+        rainy: Whether the image has rain; if so, thin bright streaks are suppressed.
         features: Whether to compute local features; without them, only images of nearly the same area are recognised.
     """
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)

@@ -244,11 +244,11 @@ class Journal:
         self.path, self.settings = path, dict(settings)
         self._header = json.dumps(self.settings).encode()
 
-    def begin(self, pair_files: Sequence[tuple[str, ImageFile]], overwrite: bool = False) -> list[JournalEntry]:
+    def begin(self, file_pairs: Sequence[tuple[str, ImageFile]], overwrite: bool = False) -> list[JournalEntry]:
         """Create the file, or read the entries of an interrupted run and remove an incomplete last line.
 
         Args:
-            pair_files: For each pair, the path of the rainy image as it will be written in the table, and the file of
+            file_pairs: For each pair, the path of the rainy image as it will be written in the table, and the file of
                 the clean image.
             overwrite: Whether to replace a file from which this run cannot resume.
 
@@ -260,7 +260,7 @@ class Journal:
                 with other settings or pairs, or a captioned image has changed or is missing.
         """
         try:
-            entries = self._read_entries(pair_files)
+            entries = self._read_entries(file_pairs)
         except DerainError:
             if not overwrite:
                 raise
@@ -275,7 +275,7 @@ class Journal:
         with self.path.open("ab") as file:
             file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
 
-    def _read_entries(self, pair_files: Sequence[tuple[str, ImageFile]]) -> list[JournalEntry] | None:
+    def _read_entries(self, file_pairs: Sequence[tuple[str, ImageFile]]) -> list[JournalEntry] | None:
         """Return the entries in the file, and remove an incomplete last line.
 
         Returns None if there is no file, or its first line is incomplete.
@@ -290,12 +290,12 @@ class Journal:
         if header != self._header:
             raise self._resume_error(self._difference(header))
         entries = [self._parse(line) for line in lines]
-        if len(entries) > len(pair_files):
-            raise self._resume_error(f"has {len(entries)} captions, but the data set has {len(pair_files)} pairs")
-        for entry, (image_path, _) in zip(entries, pair_files, strict=False):
+        if len(entries) > len(file_pairs):
+            raise self._resume_error(f"has {len(entries)} captions, but the data set has {len(file_pairs)} pairs")
+        for entry, (image_path, _) in zip(entries, file_pairs, strict=False):
             if entry.image_path != image_path:
                 raise self._resume_error(f"has a caption of {entry.image_path} where this run expects {image_path}")
-        self._check_images(entries, [clean for _, clean in pair_files])
+        self._check_images(entries, [clean for _, clean in file_pairs])
         os.truncate(self.path, len(complete))
         return entries
 

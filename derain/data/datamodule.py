@@ -82,8 +82,8 @@ class RainDataModule(LightningDataModule):
         split_seed: Seed of the random share for validation.
         seed: Seed of the sample order, the crops and the rain; the command line sets it to ``seed_everything``.
         rain: Rain added to the clean images during training: ``off``, a preset (``light``, ``medium``, ``heavy``;
-            ``varied`` also adds lens drops, noise, blur, compression and changed exposure), ``folder:PATH`` with
-            images of streaks, or a YAML file of ranges. With ``rain``, ``train`` also accepts folders of clean photos.
+            ``varied`` also adds other degradations, such as lens drops and noise), ``folder:PATH`` with images of
+            streaks, or a YAML file of ranges. With ``rain``, ``train`` also accepts folders of clean photos.
         rain_share: Share of the pairs' samples whose rain is replaced by added rain; the others keep their own. It
             does not apply to clean photos.
 

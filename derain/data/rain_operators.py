@@ -309,12 +309,12 @@ class RandomLensDrops(SampleOperator):
         Centres are fractions of width and height, radii fractions of the shorter side, and heights multiples of the
         width of the drop.
         """
-        count, max_drops = batch_shape[0], int(self.count[1])
+        samples, max_drops = batch_shape[0], int(self.count[1])
         return {
-            "count": integers(self.count, count),
-            "centre": torch.rand(count, max_drops, 2),
-            "radius": 0.02 + 0.08 * torch.rand(count, max_drops),
-            "height": 1 + 0.3 * torch.rand(count, max_drops),
+            "count": integers(self.count, samples),
+            "centre": torch.rand(samples, max_drops, 2),
+            "radius": 0.02 + 0.08 * torch.rand(samples, max_drops),
+            "height": 1 + 0.3 * torch.rand(samples, max_drops),
         }
 
     def transform(self, image: Tensor, params: Params) -> Tensor:
