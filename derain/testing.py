@@ -33,7 +33,7 @@ from derain.restoration import Restorer
 log = logging.getLogger("derain")
 
 SIZES = ((1, 1), (1, 5), (37, 31), (64, 48))
-"""Image sizes (height, width) that a method must accept."""
+"""Image sizes (height, width) with which `check_forward` calls a method."""
 
 TOLERANCE = 1e-5
 """Largest difference between results that count as equal, absolute and relative: ``t + t · max |expected|``."""
@@ -71,8 +71,8 @@ def make_batch(count: int = 2, height: int = 16, width: int = 16, seed: int = 1)
 def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper_parameters: Any) -> None:
     """Check that a method keeps the contract of `derain.DerainModule`.
 
-    The checks build the method several times, and train it with six batches of 2 images of 16×16 pixels: choose
-    hyper-parameters of a small network.
+    The checks build the method several times, and train it with six batches, each of 2 pairs and 2 unlabelled images
+    of 16×16 pixels. Choose hyper-parameters of a small network.
 
     Args:
         method: Class of the method.
@@ -105,8 +105,8 @@ def check_method(method: type[DerainModule], *, can_export: bool = True, **hyper
 def check_hyper_parameters(method: type[DerainModule], hyper_parameters: dict[str, Any]) -> None:
     """Check the network and the hyper-parameters of a method.
 
-    ``network`` must be a module. Each hyper-parameter must have a type and a default, be recorded by
-    ``save_hyperparameters``, and be representable as JSON.
+    ``network`` must be a module. Each hyper-parameter must have a type and a default; its value must be recorded by
+    ``save_hyperparameters`` and be representable as JSON.
 
     Args:
         method: Class of the method.
@@ -186,8 +186,8 @@ def check_restoring(module: DerainModule) -> None:
     restorer.scheduler.threads = 2
     for stacks in (True, False):
         restorer.scheduler.stacks = stacks
-        way = "in a batch" if stacks else "on threads"
-        _compare(restorer(rainy), alone, f"{type(module).__name__}: the result of an image differs {way}")
+        condition = "in a batch" if stacks else "on threads"
+        _compare(restorer(rainy), alone, f"{type(module).__name__}: the result of an image differs {condition}")
 
 
 @torch.no_grad()
@@ -203,12 +203,12 @@ def check_files(module: DerainModule) -> None:
     name, rainy = type(module).__name__, make_batch()["rainy"]
     module.trained_on = ("a set",)
     with tempfile.TemporaryDirectory() as folder:
-        weights, checkpoint = Path(folder) / "w.safetensors", Path(folder) / "c.ckpt"
-        module.save_weights(weights)
+        weights_file, checkpoint_file = Path(folder) / "w.safetensors", Path(folder) / "c.ckpt"
+        module.save_weights(weights_file)
         trainer = _trainer(max_steps=0)
         trainer.strategy.connect(module)
-        trainer.save_checkpoint(checkpoint)
-        for path in (weights, checkpoint):
+        trainer.save_checkpoint(checkpoint_file)
+        for path in (weights_file, checkpoint_file):
             try:
                 restored = cast(DerainModule, type(module).from_content(path, read(path)))
             except DerainError as error:
@@ -222,7 +222,7 @@ def check_files(module: DerainModule) -> None:
 
 
 def check_training(module: DerainModule, batches: int = 6) -> None:
-    """Check that the loss is finite, and that all trainable parameters and no others receive a gradient.
+    """Check that the losses are finite, and that all trainable parameters and no others receive a gradient.
 
     Args:
         module: The method; its weights change.

@@ -16,7 +16,7 @@ except ImportError:  # Windows, which refuses to remove a file that is open
 log = logging.getLogger("derain")
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8}-.+")
-"""Pattern of the names of temporary files: 8 random hexadecimal digits, and the end of the name of the output."""
+"""Pattern of names of temporary files: ``.``, 8 random hexadecimal digits, ``-``, and the end of the output's name."""
 
 
 def temporary_path(path: Path) -> Path:

@@ -34,10 +34,10 @@ from derain.methods import RegressionModule
 from derain.networks.nafnet import NAFNet
 from derain.progress import track
 
-KINDS = {"measured": 0.25, "noise": 0.21, "drawn": 0.21, "fine": 0.22, "hard": 0.11}
-"""Kinds of rain of `RainPairs`, and their shares."""
+SHARES = {"measured": 0.25, "noise": 0.21, "drawn": 0.21, "fine": 0.22, "hard": 0.11}
+"""Share of each kind of rain of `RainPairs`."""
 
-VALIDATE = 24
+MAX_VALIDATION = 24
 """Maximum number of photos for validation."""
 
 OWN_PAIRS = 0.4
@@ -88,7 +88,7 @@ def read_photos(data: Path) -> tuple[list[Photo], list[Photo]]:
             found[finding.kind] |= {Path(file).resolve() for file in finding.files}
     kept = [pair for pair in pairs if pair.rainy.resolve() not in found["leak"] | found["shared"]]
     single = [pair for pair in kept if pair.rainy.resolve() not in found["duplicate"]]
-    held_out = set(single[:: max(1, len(single) // VALIDATE)][:VALIDATE])
+    held_out = set(single[:: max(1, len(single) // MAX_VALIDATION)][:MAX_VALIDATION])
     training, validation = [], []
     for pair in track(kept, "Reading", len(kept)):
         rainy, clean = pair.read()
@@ -129,8 +129,8 @@ class Crops:
     def _new(self, rng: Rng, side: int) -> tuple[Crop, Crop]:
         """Return a clean crop with new rain, and the clean crop."""
         scale = log_uniform(rng, 0.6, 2.2) if rng.random() < 0.5 else 1.0
-        with_rain = int(side * log_uniform(rng, 1.3, 3.0)) if rng.random() < REDUCED else side
-        (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, with_rain, scale)
+        rain_side = int(side * log_uniform(rng, 1.3, 3.0)) if rng.random() < REDUCED else side
+        (clean,) = random_crop([self.photos[rng.integers(len(self.photos))].clean], rng, rain_side, scale)
         clean = clean[:, ::-1] if rng.random() < 0.5 else clean
         clean = clean.transpose(1, 0, 2) if rng.random() < 0.3 else clean
         return self.rain.pair(np.ascontiguousarray(clean), rng, side)
@@ -142,11 +142,11 @@ def random_crop(images: list[NDArray[np.uint8]], rng: Rng, side: int, scale: flo
     Before it is resized, its side is ``scale`` times ``side``, at least 16, and at most the shorter side of the images.
     """
     height, width = images[0].shape[:2]
-    taken = max(16, min(int(side * scale), height, width))
-    top, left = rng.integers(height - taken + 1), rng.integers(width - taken + 1)
-    crops = [image[top : top + taken, left : left + taken] for image in images]
-    if taken != side:
-        interpolation = cv2.INTER_AREA if taken > side else cv2.INTER_CUBIC
+    crop_side = max(16, min(int(side * scale), height, width))
+    top, left = rng.integers(height - crop_side + 1), rng.integers(width - crop_side + 1)
+    crops = [image[top : top + crop_side, left : left + crop_side] for image in images]
+    if crop_side != side:
+        interpolation = cv2.INTER_AREA if crop_side > side else cv2.INTER_CUBIC
         crops = [cv2.resize(crop, (side, side), interpolation=interpolation) for crop in crops]
     return [crop.astype(np.float32) / 255 for crop in crops]
 
@@ -156,7 +156,7 @@ def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str
     """Return the mean PSNR in dB in RGB by kind of rain.
 
     Besides the kinds of `RainPairs`, ``own`` is the rain of Rain800, ``reduced`` is rain that is added at twice the
-    size and then reduced, ``night`` is rain on photos lit by lamps, and ``none`` is that of clean photos.
+    size and then reduced, ``night`` is rain on photos lit by lamps, and ``none`` stands for clean photos.
 
     Args:
         network: The network.
@@ -164,7 +164,7 @@ def validate(network: NAFNet, photos: list[Photo], rain: RainPairs, without: str
         rain: Adds rain to clean photos.
         without: Kind of rain that is omitted in training, but not in validation; None if all kinds are trained on.
     """
-    kinds = ["own", *rain.kinds, *([without] if without else []), "reduced", "night", "none"]
+    kinds = ["own", *rain.shares, *([without] if without else []), "reduced", "night", "none"]
     scores = {kind: [_psnr(network, photo, rain, kind, index) for index, photo in enumerate(photos)] for kind in kinds}
     return {kind: float(np.mean(values)) for kind, values in scores.items()}
 
@@ -232,33 +232,33 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     training, validation = read_photos(options.data)
-    kinds = {kind: share for kind, share in KINDS.items() if kind != options.without}
+    shares = {kind: share for kind, share in SHARES.items() if kind != options.without}
     streaks = sorted((options.data / "Streaks").glob("*.png"))
-    crops = Crops(training, RainPairs(streaks, kinds, options.without_rain))
+    crops = Crops(training, RainPairs(streaks, shares, options.without_rain))
     method = build(options)
-    average = copy.deepcopy(method)
-    network, averaged = method.network, average.network.eval().requires_grad_(False)
-    matrices = [parameter for parameter in network.parameters() if parameter.numel() > 512]
-    others = [parameter for parameter in network.parameters() if parameter.numel() <= 512]
-    groups = [{"params": matrices, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0}]
+    averaged_method = copy.deepcopy(method)
+    network, averaged = method.network, averaged_method.network.eval().requires_grad_(False)
+    large = [parameter for parameter in network.parameters() if parameter.numel() > 512]
+    small = [parameter for parameter in network.parameters() if parameter.numel() <= 512]
+    groups = [{"params": large, "weight_decay": 1e-3}, {"params": small, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.99))
-    state_file, first = options.out / "state.pt", 0
+    state_file, first_step = options.out / "state.pt", 0
     options.out.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         network.load_state_dict(state["network"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        print(f"{state_file}: resuming at step {first}")
-    saved = time.monotonic()
-    for step in track(range(first, options.steps), "Training", options.steps - first):
-        share = step / options.steps
-        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
+        first_step = state["step"]
+        print(f"{state_file}: resuming at step {first_step}")
+    saved_at = time.monotonic()
+    for step in track(range(first_step, options.steps), "Training", options.steps - first_step):
+        progress = step / options.steps
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
             group["lr"] = options.rate * min(1.0, (step + 1) / 200) * cosine
-        are_small = share < 0.75 and not options.weights
-        rainy, clean = crops.batch(step, 8, 96) if are_small else crops.batch(step, 4, 144)
+        crops_are_small = progress < 0.75 and not options.weights
+        rainy, clean = crops.batch(step, 8, 96) if crops_are_small else crops.batch(step, 4, 144)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             derained = network(rainy)
         error = derained.float() - clean
@@ -272,16 +272,16 @@ def main(options: argparse.Namespace) -> None:
         with torch.no_grad():
             decay = min(0.999, (step + 1) / (step + 20))
             torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
-        if time.monotonic() - saved > SAVE_SECONDS or step + 1 == options.steps:
-            states = {"network": network, "averaged": averaged, "optimizer": optimizer}
-            content = {name: part.state_dict() for name, part in states.items()} | {"step": step + 1}
+        if time.monotonic() - saved_at > SAVE_SECONDS or step + 1 == options.steps:
+            parts = {"network": network, "averaged": averaged, "optimizer": optimizer}
+            content = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
             torch.save(content, state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
             scores = validate(averaged, validation, crops.rain, options.without)
             print(f"step {step + 1}: " + ", ".join(f"{kind} {score:.2f} dB" for kind, score in scores.items()))
-            saved = time.monotonic()
-    average.trained_on = TRAINED_ON
-    average.save_weights(options.out / "weights.safetensors")
+            saved_at = time.monotonic()
+    averaged_method.trained_on = TRAINED_ON
+    averaged_method.save_weights(options.out / "weights.safetensors")
 
 
 if __name__ == "__main__":
@@ -297,7 +297,7 @@ if __name__ == "__main__":
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16; slow without AVX-512 bf16")
     parser.add_argument("--weights", type=Path, help="file of weights to start from, with their architecture")
     parser.add_argument("--without-rain", type=float, default=WITHOUT_RAIN, help="share of new crops without rain")
-    parser.add_argument("--without", choices=list(KINDS), help="kind of rain to omit in training")
+    parser.add_argument("--without", choices=list(SHARES), help="kind of rain to omit in training")
     try:
         main(parser.parse_args())
     except DerainError as error:

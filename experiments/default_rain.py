@@ -1,8 +1,7 @@
 """Many kinds of rain on crops of clean photos, for the training of the bundled models by ``default_model.py``.
 
-Crops are ``(h, w, 3)`` float32 in [0, 1]. Exposure, colour of the light, mist that stays and lamps at night act before
-the rain. Tone, blur, sharpening, noise and JPEG act on the rainy crop and its target alike, so that the network removes
-rain and nothing else. Opacities of streaks are ``(h, w)`` float32, at least 0; values above 1 are possible.
+Gamma, contrast, colour of the light, mist that stays and lamps at night act before the rain. Tone, blur, sharpening,
+noise and JPEG act on the rainy crop and its target alike, so that the network removes rain and nothing else.
 """
 
 import math
@@ -17,6 +16,11 @@ from derain.data.rain import Rain, streaks
 from derain.errors import DerainError
 
 Crop = NDArray[np.float32]
+"""Crop of a photo, ``(h, w, 3)`` in [0, 1]."""
+
+Map = NDArray[np.float32]
+"""One value per pixel, ``(h, w)``, such as the opacity of streaks: at least 0, and possibly above 1."""
+
 Rng = np.random.Generator
 
 AT_NIGHT = 0.2
@@ -35,19 +39,19 @@ class RainPairs:
     """Makes pairs of a rainy and a clean crop.
 
     Args:
-        measured: Grey images of streaks on black, such as those of Garg and Nayar (2006).
-        kinds: Relative share of each kind of streaks, by the name of the method that makes it: ``measured``, ``noise``,
-            ``drawn``, ``fine``, ``hard``.
+        measured: Files of grey images of streaks on black, such as those of Garg and Nayar (2006).
+        shares: Relative share of each kind of streaks, by the name of the method that makes it: ``measured``,
+            ``noise``, ``drawn``, ``fine``, ``hard``.
         without_rain: Probability that no rain is added to a crop.
 
     Raises:
         DerainError: If ``measured`` is empty, or one of the images cannot be read.
     """
 
-    def __init__(self, measured: Sequence[Path], kinds: dict[str, float], without_rain: float = WITHOUT_RAIN) -> None:
+    def __init__(self, measured: Sequence[Path], shares: dict[str, float], without_rain: float = WITHOUT_RAIN) -> None:
         if not measured:
             raise DerainError("no images of measured streaks; expected .png files in the folder Streaks of the data")
-        self.kinds, self.without_rain = kinds, without_rain
+        self.shares, self.without_rain = shares, without_rain
         self.images = [cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) for file in measured]
         for file, image in zip(measured, self.images, strict=True):
             if image is None:
@@ -75,23 +79,23 @@ class RainPairs:
     def add_rain(self, clean: Crop, rng: Rng, kind: str | None = None, lamps: Crop | None = None) -> Crop:
         """Return the crop with rain of a kind, by default a random one.
 
-        A mean opacity above a random limit of 0.3 to 0.45 is reduced.
+        A mean opacity above a random limit of 0.3 to 0.45 is reduced to this limit.
 
         Args:
             clean: The crop.
             rng: Random number generator.
             kind: Kind of rain.
-            lamps: Light of `lamplight`, ``(h, w, 3)``, which streaks reflect at night; in half of the crops, light from
-                outside the crop is added to it. None: rain by day.
+            lamps: Light at night, from `lamplight`, ``(h, w, 3)``, which streaks reflect; in half of the crops, they
+                also reflect light from outside the crop. None: rain by day.
         """
         if kind is None:
-            shares = np.array(list(self.kinds.values()))
-            kind = list(self.kinds)[rng.choice(len(shares), p=shares / shares.sum())]
+            shares = np.array(list(self.shares.values()))
+            kind = list(self.shares)[rng.choice(len(shares), p=shares / shares.sum())]
         opacity = getattr(self, kind)(clean.shape[:2], rng)
         if rng.random() < 0.25:
             opacity = opacity * smooth_noise(opacity.shape, rng, 0.2, 1.2)
-        covered = float(np.minimum(opacity, 1).mean())
-        opacity = opacity * min(1.0, rng.uniform(0.3, 0.45) / max(1e-6, covered))
+        mean_opacity = float(np.minimum(opacity, 1).mean())
+        opacity = opacity * min(1.0, rng.uniform(0.3, 0.45) / max(1e-6, mean_opacity))
         if lamps is not None:
             light = lamps * rng.uniform(0.6, 1.2) + (rng.uniform(0.05, 0.5) if rng.random() < 0.5 else 0)
             return np.clip(clean + opacity[..., None] * light, 0, 1).astype(np.float32)
@@ -100,7 +104,7 @@ class RainPairs:
             clean = add_mist(clean, rng, rng.uniform(0, 0.3) * (0.3 + 0.7 * density))
         return blend(clean, opacity[..., None], rng)
 
-    def measured(self, shape: tuple[int, int], rng: Rng) -> Crop:
+    def measured(self, shape: tuple[int, int], rng: Rng) -> Map:
         """Return the sum of parts of one or two measured images: resized, rotated, mirrored, with another contrast."""
         height, width = shape
         total = np.zeros(shape, np.float32)
@@ -118,7 +122,7 @@ class RainPairs:
             total = cv2.GaussianBlur(total, (0, 0), rng.uniform(0.3, 1.5))
         return np.minimum(total, 1.3)
 
-    def noise(self, shape: tuple[int, int], rng: Rng) -> Crop:
+    def noise(self, shape: tuple[int, int], rng: Rng) -> Map:
         """Return layers of sparse noise, smeared along lines, as rain is drawn with photo editors."""
         layers = int(rng.integers(1, 4)) if rng.random() < 0.75 else int(rng.integers(3, 7))
         main_angle = rng.uniform(-45, 45) if rng.random() < 0.8 else rng.uniform(-75, 75)
@@ -137,7 +141,7 @@ class RainPairs:
             total += layer * rng.uniform(0.25, 1.3)
         return np.minimum(total, 1.3)
 
-    def fine(self, shape: tuple[int, int], rng: Rng) -> Crop:
+    def fine(self, shape: tuple[int, int], rng: Rng) -> Map:
         """Return short, soft, half-transparent streaks and drops, as in photos with exposures of 1/100 s or less."""
         angle, spread = rng.normal(0, 15), rng.choice([1.0, 4.0, 10.0])
         total = np.zeros(shape, np.float32)
@@ -153,21 +157,21 @@ class RainPairs:
             total += np.minimum(layer, 1) * log_uniform(rng, 0.08, 0.9)
         return np.minimum(total, 1.3)
 
-    def hard(self, shape: tuple[int, int], rng: Rng) -> Crop:
+    def hard(self, shape: tuple[int, int], rng: Rng) -> Map:
         """Return lines of one opacity, length and thickness, with hard edges, as simple programs draw rain."""
         height, width = shape
         lines = np.zeros(shape, np.uint8)
         length, angle, spread = log_uniform(rng, 6, 90), rng.uniform(-40, 40), rng.choice([0.0, 3.0])
         thickness = int(rng.integers(1, 4))
-        kind = cv2.LINE_AA if rng.random() < 0.4 else cv2.LINE_8
+        line_type = cv2.LINE_AA if rng.random() < 0.4 else cv2.LINE_8
         for _ in range(int(log_uniform(rng, 0.02, 0.4) * height * width / (length * thickness)) + 1):
             direction = math.radians(rng.normal(angle, spread))
             x, y = rng.uniform(-length, width), rng.uniform(-length, height)
             end = (int(x + length * math.sin(direction)), int(y + length * math.cos(direction)))
-            cv2.line(lines, (int(x), int(y)), end, 255, thickness, kind)
+            cv2.line(lines, (int(x), int(y)), end, 255, thickness, line_type)
         return lines.astype(np.float32) / 255 * np.float32(rng.uniform(0.3, 1.2))
 
-    def drawn(self, shape: tuple[int, int], rng: Rng) -> Crop:
+    def drawn(self, shape: tuple[int, int], rng: Rng) -> Map:
         """Return streaks of `derain data synthesize`, in wider ranges than its presets."""
         rain = Rain(
             density=log_uniform(rng, 0.04, 2.2 if rng.random() < 0.35 else 0.6),
@@ -202,7 +206,7 @@ def blend(clean: Crop, opacity: NDArray[np.float32], rng: Rng) -> Crop:
     return np.clip(rainy, 0, 1).astype(np.float32)
 
 
-def smeared_points(shape: tuple[int, int], density: float, kernel: Crop, rng: Rng) -> Crop:
+def smeared_points(shape: tuple[int, int], density: float, kernel: Map, rng: Rng) -> Map:
     """Return random points of random brightness, convolved with a kernel; ``density`` is their number per pixel."""
     height, width = shape
     margin = len(kernel) // 2
@@ -212,7 +216,7 @@ def smeared_points(shape: tuple[int, int], density: float, kernel: Crop, rng: Rn
     return smeared[margin : margin + height, margin : margin + width]
 
 
-def line(length: float, angle: float, thickness: float) -> Crop:
+def line(length: float, angle: float, thickness: float) -> Map:
     """Return the kernel of a soft line through the middle, with values up to 1.
 
     Args:
@@ -228,14 +232,14 @@ def line(length: float, angle: float, thickness: float) -> Crop:
     return (profile * ends).astype(np.float32)
 
 
-def smooth_noise(shape: tuple[int, ...], rng: Rng, low: float, high: float) -> Crop:
+def smooth_noise(shape: tuple[int, ...], rng: Rng, low: float, high: float) -> Map:
     """Return a smooth map ``(h, w)`` through ``4 × 4`` random values from ``low`` to ``high``; at least 0."""
     grid = rng.uniform(low, high, (4, 4)).astype(np.float32)
     return cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC).clip(0, None)
 
 
 def add_mist(image: Crop, rng: Rng, opacity: float) -> Crop:
-    """Return an image blended with the light of the sky, unevenly: 0.6 to 1.1 times the opacity."""
+    """Return an image blended with the light of the sky, unevenly: about 0.6 to 1.1 times ``opacity``."""
     light = np.clip(rng.uniform(0.9, 1.4) * np.percentile(image, 90), 0.4, 0.97)
     share = np.clip(smooth_noise(image.shape, rng, 0.6, 1.1) * opacity, 0, 1)[..., None]
     return (image * (1 - share) + light * share).astype(np.float32)
@@ -280,8 +284,8 @@ def take_photo(rainy: Crop, clean: Crop, rng: Rng) -> tuple[Crop, Crop]:
     pixels = [np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8) for crop in crops]
     if rng.random() < 0.5:
         quality = int(log_uniform(rng, 30, 98))
-        first_row, first_column = rng.integers(8, size=2)
-        pixels = [compress(crop, quality, first_row, first_column) for crop in pixels]
+        rows_outside, columns_outside = rng.integers(8, size=2)
+        pixels = [compress(crop, quality, rows_outside, columns_outside) for crop in pixels]
     rainy, clean = (crop.astype(np.float32) / 255 for crop in pixels)
     return rainy, clean
 
@@ -294,7 +298,7 @@ def change_tone(crops: list[Crop], rng: Rng) -> list[Crop]:
     middle = float(toned[1].mean())
     toned = [np.clip((crop - middle) * contrast + middle, 0, 1) for crop in toned]
     grey = [crop.mean(2, keepdims=True) for crop in toned]
-    return [(less + (crop - less) * saturation).astype(np.float32) for crop, less in zip(toned, grey, strict=True)]
+    return [(mean + (crop - mean) * saturation).astype(np.float32) for crop, mean in zip(toned, grey, strict=True)]
 
 
 def sharpen(crops: list[Crop], sigma: float, amount: float) -> list[Crop]:
@@ -302,15 +306,15 @@ def sharpen(crops: list[Crop], sigma: float, amount: float) -> list[Crop]:
     return [crop + amount * (crop - cv2.GaussianBlur(crop, (0, 0), sigma)) for crop in crops]
 
 
-def compress(image: NDArray[np.uint8], quality: int, first_row: int, first_column: int) -> NDArray[np.uint8]:
+def compress(image: NDArray[np.uint8], quality: int, rows_outside: int, columns_outside: int) -> NDArray[np.uint8]:
     """Return an image compressed as JPEG, with blocks that start anywhere, as in a crop of a compressed photo.
 
     Args:
         image: ``(h, w, 3)`` uint8.
         quality: JPEG quality, 1 to 100.
-        first_row: Rows of the first block that are outside the image, 0 to 7.
-        first_column: The same for columns.
+        rows_outside: Number of rows of the first block that are outside the image, 0 to 7.
+        columns_outside: The same for columns.
     """
-    padded = cv2.copyMakeBorder(image, first_row, 0, first_column, 0, cv2.BORDER_REFLECT_101)
+    padded = cv2.copyMakeBorder(image, rows_outside, 0, columns_outside, 0, cv2.BORDER_REFLECT_101)
     encoded = cv2.imencode(".jpg", padded[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[first_row:, first_column:, ::-1]
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[rows_outside:, columns_outside:, ::-1]

@@ -358,7 +358,7 @@ def test_a_bundled_model_is_trained_and_resumed(tmp_path, monkeypatch):
     """Backgrounds of test sets are skipped; a resumed training equals an uninterrupted one."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
     script = load_script("default_model")
-    monkeypatch.setattr(script, "VALIDATE", 1)
+    monkeypatch.setattr(script, "MAX_VALIDATION", 1)
     make_set(tmp_path / "data", "Rain800", "train", count=5, seed=1, size=(96, 128))
     make_set(tmp_path / "data", "Rain100L", "test", count=2, seed=1, size=(96, 128))  # of the same backgrounds
     streaks = np.random.default_rng(0).integers(256, size=(60, 80), dtype=np.uint8)

@@ -7,8 +7,8 @@ from derain.errors import DerainError
 
 from .formats import reason
 
-Options = Callable[[int], dict[str, str]]
-"""Function of ``crf``, 0 to 51, that returns the options of an encoder in FFmpeg."""
+CrfConversion = Callable[[int], dict[str, str]]
+"""Function of ``crf``, 0 to 51, that returns options of an FFmpeg encoder with about this quality."""
 
 DEFAULT_ENCODERS = ("libx264", "libvpx-vp9", "mpeg4")
 """Encoders in order of preference; the default is the first that the container supports and FFmpeg has."""
@@ -47,7 +47,7 @@ def _videotoolbox(crf: int) -> dict[str, str]:
     return {"flags": "+qscale", "global_quality": str(118 * max(1, quality))}
 
 
-ENCODERS: dict[str, Options] = {
+ENCODERS: dict[str, CrfConversion] = {
     "libx264": _crf,
     "libx265": _crf,
     "libsvtav1": _svt_av1,
@@ -65,7 +65,7 @@ ENCODERS: dict[str, Options] = {
     "h264_videotoolbox": _videotoolbox,
     "hevc_videotoolbox": _videotoolbox,
 }
-"""Encoders by name, with the function that returns their options; those after ``mpeg4`` run on graphics hardware."""
+"""Encoders by name, with the conversion of ``crf`` to their options; those after ``mpeg4`` run on graphics hardware."""
 
 
 def choose_encoder(container: Any, name: str | None, target: object) -> str:
@@ -110,7 +110,7 @@ def open_encoder(video: Any, name: str, target: object) -> None:
 
     Args:
         video: PyAV's stream, with size, pixel format and time base.
-        name: Name of the encoder.
+        name: Name of the encoder in messages.
         target: Name of the video in messages.
 
     Raises:

@@ -44,12 +44,12 @@ class VideoFormat(NamedTuple):
     Attributes:
         height: Height of the upright frames.
         width: Width of the upright frames.
-        mirrored: Whether frames are mirrored from left to right before they are rotated.
-        quarter_turns: Quarter turns counter-clockwise that make frames upright.
+        mirrored: Whether frames must be mirrored from left to right, before the quarter turns, to be upright.
+        quarter_turns: Number of quarter turns counter-clockwise, 0 to 3, that make frames upright.
         matrix: Colour matrix for the conversion to and from RGB, a key of `MATRICES`.
         full_range: Whether luma is from 0 to 255 instead of 16 to 235.
         color_tags: Tags for the copy: colour matrix, range, transfer function and primaries. If the source does not
-            name its matrix, that of the copy is `UNSPECIFIED`.
+            name its matrix, the first tag is `UNSPECIFIED`.
         aspect: Width of an upright pixel divided by its height.
         bits: Bits per channel.
         has_alpha: Whether frames have an alpha channel.

@@ -17,7 +17,7 @@ from derain.errors import DerainError
 from derain.images import Pixels
 
 LARGEST_SIDE = 640
-"""Flow is computed on frames whose longer side has at most this length, in pixels."""
+"""Largest longer side, in pixels, of the frames on which flow is computed; larger frames are reduced to it."""
 
 SMALLEST_SIDE = 32
 """Smallest side of frames that can be fused, in pixels."""
@@ -52,7 +52,8 @@ def fuse_neighbours(frames: Iterator[Pixels], reach: int) -> Iterator[Pixels]:
         reach: Number of neighbours on each side; 0 yields the frames as they are.
 
     Yields:
-        The fused frames, in order; a frame is yielded once the ``reach`` frames after it have been read.
+        The fused frames, in order. A frame is yielded once the ``reach`` frames after it, or all frames, have been
+        read.
 
     Raises:
         DerainError: If ``reach`` is above 0 and a side of the frames is shorter than 32 pixels.
@@ -75,12 +76,18 @@ class _Window:
 
     Args:
         reach: Number of neighbours on each side that a frame is fused with.
+
+    Attributes:
+        frames: Frames by index.
+        reduced: The same frames, at the size at which flow is computed.
+        scenes: Number of the scene of each frame, by index.
+        flows: Flow at reduced size from one frame to another, by the indices of both.
     """
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
         self.frames: dict[int, Pixels] = {}
-        self.small: dict[int, Pixels] = {}
+        self.reduced: dict[int, Pixels] = {}
         self.scenes: dict[int, int] = {}
         self.flows: dict[tuple[int, int], Flow] = {}
         self.estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -88,9 +95,12 @@ class _Window:
         self.estimator.setVariationalRefinementIterations(10)
 
     def add(self, index: int, pixels: Pixels) -> None:
-        """Add a frame, with its flow to and from up to ``reach`` frames before it; drop the oldest frame."""
+        """Add a frame, with its flow to and from the frames of its scene among the ``reach`` before it.
+
+        The frame ``2 reach + 1`` before it is dropped.
+        """
         self.frames[index] = pixels
-        self.small[index] = _reduce(pixels)
+        self.reduced[index] = _reduce(pixels)
         self.scenes[index] = self.scenes.get(index - 1, 0)
         for other in range(index - 1, max(-1, index - 1 - self.reach), -1):
             if self.scenes[other] != self.scenes[index]:
@@ -104,24 +114,25 @@ class _Window:
 
     def _flow(self, source: int, target: int) -> Flow:
         """Return the flow from a frame to another one, at reduced size."""
-        grey = [cv2.GaussianBlur(cv2.cvtColor(self.small[i], cv2.COLOR_RGB2GRAY), (0, 0), 1) for i in (source, target)]
+        frames = self.reduced[source], self.reduced[target]
+        grey = [cv2.GaussianBlur(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (0, 0), 1) for frame in frames]
         flow = self.estimator.calc(grey[0], grey[1], None)  # type: ignore[call-overload]
         return cast(Flow, flow)
 
     def _agreement(self, index: int, other: int) -> Mask:
         """Return where a frame and another one, aligned to it, show the same point, at reduced size."""
         flows = self.flows[index, other], self.flows[other, index]
-        return agreement(self.small[index], self.small[other], *flows)
+        return agreement(self.reduced[index], self.reduced[other], *flows)
 
     def _is_cut(self, before: int, after: int) -> bool:
         """Return whether a new scene begins between two consecutive frames."""
-        if histogram_distance(self.small[before], self.small[after]) > CUT_DISTANCE:
+        if histogram_distance(self.reduced[before], self.reduced[after]) > CUT_DISTANCE:
             return True
         return bool(self._agreement(after, before).mean() < CUT_AGREEMENT)
 
     def _drop(self, index: int) -> None:
         self.frames.pop(index, None)
-        self.small.pop(index, None)
+        self.reduced.pop(index, None)
         for pair in [pair for pair in self.flows if index in pair]:
             del self.flows[pair]
         self.scenes.pop(index, None)

@@ -27,7 +27,7 @@ from .formats import (
 from .overlap import Frame, Packet
 
 MICROSECONDS = 1_000_000
-"""Microseconds per second: FFmpeg's unit for start and duration of a container."""
+"""Microseconds per second: start and duration of a container of FFmpeg are in microseconds."""
 
 log = logging.getLogger("derain")
 
@@ -80,8 +80,8 @@ def read_format(path: Path) -> VideoFormat:
     """Return size, rotation and colours of a video, from its first frame.
 
     Raises:
-        DerainError: If the file is not a readable video, no frame can be decoded, the rotation is not a multiple of
-            90°, or the colour matrix is not supported.
+        DerainError: If PyAV is not installed, the file is not a readable video, no frame can be decoded, the rotation
+            is not a multiple of 90°, or the colour matrix is not supported.
     """
     with open_video(path) as container:
         stream, _ = select_streams(container, path)
@@ -195,7 +195,7 @@ class FrameReader:
     Attributes:
         frames: Number of frames so far.
         damaged: Number of packets so far that could not be decoded.
-        error: Message of FFmpeg about a packet that could not be read; empty if all could.
+        error: Message of FFmpeg about a packet that could not be read; empty if there was none so far.
         end: Latest end of a packet so far, as a time of the file in seconds.
     """
 

@@ -145,7 +145,7 @@ class Writer:
 
         Args:
             pixels: ``(h, w, 3)`` uint8.
-            pts: Time in units of the time base of the source; None if unknown.
+            pts: Time in units of the time base of the source's video stream; None if unknown.
             duration: Duration in the same units; 0 if unknown.
         """
         import av
