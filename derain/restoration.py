@@ -31,7 +31,7 @@ class Restorer:
         weights: Name of weights (`derain.methods.catalog.locate`), a weights file, or a method; by default the bundled
             model ``default``.
         method: For weights of a method from outside derain: its class, or the path of the class, such as
-            ``my_method.MyModule``. The path is imported from an installed package or the current folder.
+            ``my_method.MyModule``. The class is imported from an installed package or the current folder.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         precision: ``float32``, or ``bf16``: autocast to bfloat16, but float32 with a warning on a device for which
             `computes_bf16` is false.

@@ -67,8 +67,8 @@ class Column:
         align: Alignment of the values.
         group: Title of several neighbouring columns. Text and Markdown show a group as one column, with values
             separated by slashes.
-        best: Which number is printed in bold if the column has two or more, besides those in a `Cell`: the largest, the
-            smallest, or none.
+        best: Which number is printed in bold: the largest, the smallest, or none. Numbers in a `Cell` do not count; the
+            column must have at least two others.
     """
 
     header: str
@@ -199,7 +199,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def _latex_header(self) -> list[str]:
-        """Return the row of headers; if there are groups, a row of their titles above it."""
+        """Return the row of headers; if there are groups, their titles, rules and a second row of headers."""
         headers = [escape_latex(column.header) for column in self.columns]
         if all(column.group is None for column in self.columns):
             return [_latex_row(headers)]

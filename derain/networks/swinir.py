@@ -76,7 +76,7 @@ class SwinIR(Network):
     """SwinIR without upsampling: groups of Swin blocks at full resolution, within two residual connections.
 
     As in the authors' test script, height and width are padded by mirroring to the next greater multiple of the window,
-    even if they are multiples already. In training mode, only sides that are not multiples are padded, by reflection.
+    even if they are multiples already. In training mode, `pad_to_multiple` pads only sides that are not multiples.
 
     Args:
         channels: Number of channels.
