@@ -44,21 +44,21 @@ def blend_tiles(
     tops, lefts = tile_starts(height, tile_height, overlap), tile_starts(width, tile_width, overlap)
     positions = list(itertools.product(tops, lefts))
     total: Tensor | None = None
-    weight = images.new_zeros(1, 1, height, width)
+    total_weight = images.new_zeros(1, 1, height, width)
     for start in range(0, len(positions), tiles_per_pass):
-        together = positions[start : start + tiles_per_pass]
-        areas = [(..., slice(top, top + tile_height), slice(left, left + tile_width)) for top, left in together]
+        pass_positions = positions[start : start + tiles_per_pass]
+        areas = [(..., slice(top, top + tile_height), slice(left, left + tile_width)) for top, left in pass_positions]
         restored = forward(torch.cat([images[area] for area in areas]))
         if total is None:
             total = restored.new_zeros(count, restored.shape[1], height, width)
-        for (top, left), area, part in zip(together, areas, restored.chunk(len(together)), strict=True):
+        for (top, left), area, part in zip(pass_positions, areas, restored.chunk(len(pass_positions)), strict=True):
             fade = torch.outer(
                 _fade(tile_height, overlap, top > 0, top + tile_height < height),
                 _fade(tile_width, overlap, left > 0, left + tile_width < width),
             ).to(images.device)
             total[area] += part * fade
-            weight[area] += fade
-    return cast(Tensor, total) / weight
+            total_weight[area] += fade
+    return cast(Tensor, total) / total_weight
 
 
 def tile_count(height: int, width: int, tile: int, overlap: int) -> int:
@@ -97,9 +97,9 @@ def _fade(side: int, overlap: int, before: bool, after: bool) -> Float[Tensor, "
         after: Whether the tile has a neighbour after it.
     """
     ramp = torch.sin((torch.arange(overlap) + 0.5) / max(overlap, 1) * torch.pi / 2) ** 2
-    weight = torch.ones(side)
+    weights = torch.ones(side)
     if before:
-        weight[:overlap] *= ramp
+        weights[:overlap] *= ramp
     if after:
-        weight[side - overlap :] *= ramp.flip(0)
-    return weight
+        weights[side - overlap :] *= ramp.flip(0)
+    return weights
