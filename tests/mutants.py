@@ -243,7 +243,7 @@ FAULTS: dict[tuple[str, ...], list[tuple[str, str, str]]] = {
     ],
     ("tiles.py", "test_restoration.py"): [
         ("tiles: fade not mirrored", "ramp.flip(0)", "ramp"),
-        ("tiles: not divided by weights", "cast(Tensor, total) / weight", "cast(Tensor, total)"),
+        ("tiles: not divided by weights", "cast(Tensor, total) / total_weight", "cast(Tensor, total)"),
     ],
     ("batching.py", "test_restoration.py"): [
         ("ensemble: rotated the wrong way back", "-quarter_turns, (2, 3))", "quarter_turns, (2, 3))"),
