@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from derain.data.cache import CacheMode, open_cache
 from derain.data.datasets import TrainingPairs
 from derain.data.pairs import Pair, find_pairs
-from derain.data.samplers import Stage, TrainingBatchSampler
+from derain.data.samplers import BatchStage, TrainingBatchSampler
 from derain.data.transforms import Augmentation
 from derain.images import write_image
 
@@ -50,7 +50,7 @@ def data_set(folder: Path) -> str:
 def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -> float:
     """Return the samples per second after the first batch."""
     dataset = TrainingPairs(pairs, open_cache(pairs, mode), {128: Augmentation(128)}, seed=0)
-    order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    order = TrainingBatchSampler(SAMPLES[mode], rank=0, world=1, seed=0, stages=[BatchStage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     next(batches)
     start = time.perf_counter()
@@ -61,7 +61,7 @@ def samples_per_second(pairs: tuple[Pair, ...], mode: CacheMode, workers: int) -
 def worker_memory(pairs: tuple[Pair, ...], workers: int) -> float:
     """Return the mean unshared memory of a worker in MiB, after a quarter of an epoch."""
     dataset = TrainingPairs(pairs, open_cache(pairs, "disk"), {128: Augmentation(128)}, seed=0)
-    order = TrainingBatchSampler(4 * MEMORY_SAMPLES, rank=0, world=1, seed=0, stages=[Stage(0, 128, 8)])
+    order = TrainingBatchSampler(4 * MEMORY_SAMPLES, rank=0, world=1, seed=0, stages=[BatchStage(0, 128, 8)])
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=workers))
     for _ in range(MEMORY_SAMPLES // 8):
         next(batches)

@@ -101,9 +101,9 @@ def _label_points(axes: Any, names: Sequence[str], points: Sequence[tuple[float,
     left, right = axes.get_xlim()
     middle = (left * right) ** 0.5  # the axis is logarithmic
     axes.figure.canvas.draw()
-    centers = axes.transData.transform(points)
+    centres = axes.transData.transform(points)
     radius = 5 * axes.figure.dpi / 72
-    occupied = [Bbox([center - radius, center + radius]) for center in centers]
+    occupied = [Bbox([centre - radius, centre + radius]) for centre in centres]
     from_top = sorted(range(len(names)), key=lambda index: -points[index][1])
     for index in from_top:
         x, _ = points[index]

@@ -183,7 +183,7 @@ def results(
 
 
 def hardware(trainer: Trainer) -> dict[str, Any]:
-    """Return name of the device, number of CPU cores, number of devices and precision of a test, for the summary."""
+    """Return name of the device, number of logical CPUs, number of devices and precision of a test, for the summary."""
     device = trainer.strategy.root_device
     return {
         "device": device_name(device),

@@ -48,7 +48,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch; a batch before which a signal stops the run is not counted."""
+        """Add the batch and the wait before it.
+
+        Both are added only after the batch: if a signal stops the run earlier, the resumed run counts the batch.
+        """
         self._waited += self._wait
         self._images += len(batch["name"])
         self._last_end = time.perf_counter()
@@ -66,11 +69,11 @@ class Throughput(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means of the epoch."""
-        busy = max(self._last_end - self._start, 1e-9)
+        spent = max(self._last_end - self._start, 1e-9)
         pl_module.log_dict(
             {
-                "train/images_per_second": self._images * trainer.world_size / busy,
-                "train/data_wait": self._waited / busy,
+                "train/images_per_second": self._images * trainer.world_size / spent,
+                "train/data_wait": self._waited / spent,
             },
             sync_dist=False,
         )

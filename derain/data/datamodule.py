@@ -24,7 +24,7 @@ from derain.data.mixing import check_weights, mix
 from derain.data.pairs import Pair, find_pairs, find_pairs_or_photos, merge_pairs
 from derain.data.quickstart import resolve_quickstart
 from derain.data.rain_ranges import read_rain
-from derain.data.samplers import BalancedSampler, CropStage, Stage, TrainingBatchSampler, to_batch_stages
+from derain.data.samplers import BalancedSampler, BatchStage, CropStage, TrainingBatchSampler, to_batch_stages
 from derain.data.sequences import consecutive_frames
 from derain.data.splitting import by_data_set, first_pairs, hold_out
 from derain.data.transforms import Augmentation, Flips
@@ -367,10 +367,10 @@ class RainDataModule(LightningDataModule):
                     f"{_or_null(saved)}; use that value, or a checkpoint from the end of an epoch"
                 )
 
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[BatchStage]:
         """Return the stages of training, whose starts are counted in batches."""
         if self.schedule is None:
-            return [Stage(0, self.crop, self.batch_size)]
+            return [BatchStage(0, self.crop, self.batch_size)]
         trainer = self.trainer
         if trainer is None:
             return to_batch_stages(self.schedule, 1, 1)

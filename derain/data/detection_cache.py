@@ -75,7 +75,7 @@ def load_detection(key: Sequence[bytes], root: Path, files: Sequence[str]) -> De
 
 
 def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detection: Detection) -> None:
-    """Save a detection, unless it has clashes: the next run then reports them again.
+    """Save a detection, unless it has clashes or no pairs: the next run then reports this again.
 
     Args:
         key: Result of `detection_key`.
@@ -84,7 +84,7 @@ def save_detection(key: Sequence[bytes], root: Path, files: Sequence[str], detec
         detection: Layout, reason and paired files.
     """
     layout, reason, paired = detection
-    if paired.clashes:
+    if paired.clashes or not paired.pairs:
         return
     variants = _variants(layout)
     index: dict[ImageFile | None, Any] = {path: number for number, path in enumerate(_paths(root, files))}

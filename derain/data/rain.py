@@ -428,8 +428,8 @@ def _write_record(
         "made by": f"derain {derain.__version__}",
         "seed": seed,
         "per_image": per_image,
-        "lightest": dataclasses.asdict(limits[0]),
-        "heaviest": dataclasses.asdict(limits[1]),
+        "lower_limits": dataclasses.asdict(limits[0]),
+        "upper_limits": dataclasses.asdict(limits[1]),
         "images": images,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from derain.errors import DerainError
 
 
 class Sample(NamedTuple):
-    """Training sample; together with the seed of the run, it determines the crop.
+    """Index of a training sample; with the seed of the run, it determines pair, crop and flips.
 
     Attributes:
         epoch: Index of the epoch.
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     crop: int
 
 
-class Stage(NamedTuple):
+class BatchStage(NamedTuple):
     """Stage of a training schedule, counted in batches.
 
     Attributes:
@@ -75,7 +75,7 @@ class CropStage:
         return f"{self.steps} steps of {self.batch_size} crops of {self.crop}"
 
 
-def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[Stage]:
+def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int) -> list[BatchStage]:
     """Convert a schedule from optimiser steps to batches.
 
     Args:
@@ -89,7 +89,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
 
     Example:
         >>> to_batch_stages([CropStage(10, 128, 8), CropStage(5, 160, 5)], accumulate=2, batches=4)
-        [Stage(start=0, crop=128, batch_size=8), Stage(start=20, crop=160, batch_size=5)]
+        [BatchStage(start=0, crop=128, batch_size=8), BatchStage(start=20, crop=160, batch_size=5)]
     """
     if len(schedule) > 1 and batches % accumulate:
         raise DerainError(
@@ -97,7 +97,7 @@ def to_batch_stages(schedule: Sequence[CropStage], accumulate: int, batches: int
             "--data.schedule requires; use a divisor, or set --trainer.limit_train_batches to a multiple"
         )
     starts = itertools.accumulate((stage.steps * accumulate for stage in schedule[:-1]), initial=0)
-    return [Stage(start, stage.crop, stage.batch_size) for start, stage in zip(starts, schedule, strict=True)]
+    return [BatchStage(start, stage.crop, stage.batch_size) for start, stage in zip(starts, schedule, strict=True)]
 
 
 class TrainingBatchSampler(Sampler[list[Sample]]):
@@ -121,7 +121,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
             stages count only these batches.
 
     Example:
-        >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[Stage(0, 64, 2)])
+        >>> sampler = TrainingBatchSampler(4, rank=0, world=1, seed=0, stages=[BatchStage(0, 64, 2)])
         >>> batches = list(sampler)
         >>> sampler.resume_at(epoch=0, batch=1)
         >>> list(sampler) == batches[1:]
@@ -129,7 +129,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     """
 
     def __init__(
-        self, count: int, rank: int, world: int, seed: int, stages: Sequence[Stage], limit: int | None = None
+        self, count: int, rank: int, world: int, seed: int, stages: Sequence[BatchStage], limit: int | None = None
     ) -> None:
         self.count, self.rank, self.world, self.seed = count, rank, world, seed
         self.stages, self.limit = list(stages), limit
@@ -154,15 +154,15 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         """Start iterating at a batch of an epoch."""
         self.epoch, self.first_batch = epoch, batch
 
-    def stage(self, epoch: int, batch: int) -> Stage:
+    def stage(self, epoch: int, batch: int) -> BatchStage:
         """Return the stage of a batch."""
         reference_epoch, batches_before = self._reference
-        index = batches_before + (epoch - reference_epoch) * self.trained_batches + batch
+        index = batches_before + (epoch - reference_epoch) * self.batches_per_epoch + batch
         starts = [stage.start for stage in self.stages]
         return self.stages[bisect.bisect_right(starts, index) - 1]
 
     @property
-    def trained_batches(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Number of batches per epoch that the sampler yields: at most ``limit``."""
         return len(self) if self.limit is None else min(self.limit, len(self))
 
@@ -177,7 +177,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
     def __iter__(self) -> Iterator[list[Sample]]:
         # Computed eagerly: a generator would read epoch and position at its first batch, when they may have changed.
         # Without the limit, a trainer that resumes after the last batch of an epoch would train on one more.
-        return iter(self._draw_batches(self.epoch)[self.first_batch : self.trained_batches])
+        return iter(self._draw_batches(self.epoch)[self.first_batch : self.batches_per_epoch])
 
     def _draw_batches(self, epoch: int) -> list[list[Sample]]:
         stages = [self.stage(epoch, batch) for batch in range(len(self))]
@@ -194,7 +194,7 @@ class TrainingBatchSampler(Sampler[list[Sample]]):
         return batches
 
     def _permutations(self, epoch: int, minimum: int) -> list[int]:
-        """Return at least ``minimum`` numbers of samples, shuffled, from as many permutations as needed."""
+        """Return at least ``minimum`` sample indices (`Sample.number`), from as many random permutations as needed."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order: list[int] = []
         while len(order) < minimum:

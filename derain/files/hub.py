@@ -20,15 +20,16 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
-class HubModel:
+class HubModelKind:
     """Kind of model on the hub, such as CLIP, with the advice of its error messages.
 
     Attributes:
         kind: Name of the kind in messages.
         tokenizer: Alternative sets of tokenizer files, of which a model needs one.
         option: Command-line option that names the model.
-        naming_advice: Alternative to a directory or id, for the error about a name that is neither.
-        download_advice: Alternative to fetching the model on another machine, for the error if it cannot be fetched.
+        naming_advice: End of the error about a name that is neither a directory nor an id: what else the user can do,
+            such as ``set DERAIN_CLIP``.
+        download_advice: End of the error about a model that cannot be fetched, likewise.
     """
 
     kind: str

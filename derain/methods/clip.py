@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from derain.errors import DerainError
-from derain.files.hub import HubModel, check_complete, loading
+from derain.files.hub import HubModelKind, check_complete, loading
 from derain.files.metadata import shorten
 from derain.images import Pixels
 
@@ -25,8 +25,8 @@ PREPROCESSING_VERSION = 2
 """Version of the image preprocessing, on which the name of the file of cached similarities depends."""
 
 
-def clip_model(alternative: str) -> HubModel:
-    """Return the `HubModel` of CLIP.
+def clip_model(alternative: str) -> HubModelKind:
+    """Return the `HubModelKind` of CLIP.
 
     Args:
         alternative: How to work without CLIP, for error messages; empty if that is impossible.
@@ -34,7 +34,7 @@ def clip_model(alternative: str) -> HubModel:
     download_advice = "name a local directory by --model.clip or DERAIN_CLIP"
     if alternative:
         download_advice += f"; {alternative}"
-    return HubModel(
+    return HubModelKind(
         "CLIP",
         tokenizer=(("tokenizer.json",), ("vocab.json", "merges.txt")),
         option="--model.clip",

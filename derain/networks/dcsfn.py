@@ -88,14 +88,14 @@ class DCSFN(Network):
         def dense_blocks() -> DenseConnection:
             return DenseConnection((InnerScaleBlock(channels, convolutions) for _ in range(blocks)), channels)
 
-        def units(first: int) -> nn.ModuleList:
+        def grus(first: int) -> nn.ModuleList:
             """Return the GRUs of a chain that begins at the scale ``first``; 0 is the finest."""
             return nn.ModuleList(ConvGRU(channels, channels, recurrent=scale != first) for scale in range(SCALES))
 
         self.head = nn.Conv2d(3, channels, 3, padding=1)
         self.encoders = nn.ModuleList(dense_blocks() for _ in range(SCALES))
-        self.to_fine, self.to_fine_state = units(first=2), ScaleFusion(2 * channels, channels)
-        self.to_coarse, self.to_coarse_state = units(first=0), ScaleFusion(2 * channels, channels)
+        self.to_fine, self.to_fine_state = grus(first=2), ScaleFusion(2 * channels, channels)
+        self.to_coarse, self.to_coarse_state = grus(first=0), ScaleFusion(2 * channels, channels)
         self.decoders = nn.ModuleList(dense_blocks() for _ in range(SCALES))
         self.merge = ScaleFusion(SCALES * channels, 3)
         self.rain = nn.Conv2d(3, 3, 3, padding=1)

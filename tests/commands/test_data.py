@@ -91,8 +91,8 @@ def test_synthesize_writes_a_set_that_verify_accepts(tmp_path, capsys):
     arguments = ["data", "synthesize", str(tmp_path / "photos/test"), str(tmp_path / "set"), "--preset", "light"]
     assert main([*arguments, "--density", "0.1", "--angle", "-5", "5"]) == 0
     record = json.loads((tmp_path / "set/rain.json").read_text())
-    assert record["lightest"]["density"] == record["heaviest"]["density"] == 0.1
-    assert (record["lightest"]["angle"], record["heaviest"]["angle"]) == (-5, 5)
+    assert record["lower_limits"]["density"] == record["upper_limits"]["density"] == 0.1
+    assert (record["lower_limits"]["angle"], record["upper_limits"]["angle"]) == (-5, 5)
     assert (tmp_path / "set/contact_sheet.png").is_file()
     capsys.readouterr()
     assert main(["data", "verify", str(tmp_path / "set")]) == 0, capsys.readouterr().out

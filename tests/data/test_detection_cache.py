@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,13 @@ def test_clashes_are_errors_each_time(folder):
     for _ in range(2):
         with pytest.raises(DerainError, match=r"1\.(bmp|png)"):
             find_pairs(folder, "train")
+
+
+def test_a_folder_without_pairs_of_a_layout_is_an_error_each_time(folder):
+    shutil.rmtree(folder / "target")
+    for _ in range(2):
+        with pytest.raises(DerainError, match=f"Rain1400.*{re.escape(str(folder))}"):
+            find_pairs(f"Rain1400:{folder}", "train")
 
 
 def test_small_folders_are_not_cached(tmp_path, monkeypatch):

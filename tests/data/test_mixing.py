@@ -7,7 +7,7 @@ import torch
 
 from derain.data.datamodule import RainDataModule
 from derain.data.mixing import Mixture
-from derain.data.samplers import CropStage, Sample, Stage, TrainingBatchSampler
+from derain.data.samplers import BatchStage, CropStage, Sample, TrainingBatchSampler
 from derain.data.splitting import by_data_set, first_pairs
 from derain.errors import DerainError
 from derain.loops import Position
@@ -80,7 +80,7 @@ def test_batches_of_all_ranks_have_the_shares(root, world):
     mixture = Mixture(sizes, [2.0, 1.0, 1.0], len(pairs), seed=0)
     found = Counter()
     for rank in range(world):
-        sampler = TrainingBatchSampler(len(pairs), rank, world, 0, [Stage(0, 16, 4)])
+        sampler = TrainingBatchSampler(len(pairs), rank, world, 0, [BatchStage(0, 16, 4)])
         found.update(pairs[mixture.pair(sample)].data_set for batch in sampler for sample in batch)
     for name, count in zip(SETS, mixture.counts, strict=True):
         assert count <= found[name] <= count + world - 1  # all ranks get as many samples

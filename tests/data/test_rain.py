@@ -264,8 +264,8 @@ def test_synthesize_writes_a_set_of_pairs(photos, tmp_path):
 def test_the_record_reproduces_the_set(photos, tmp_path):
     synthesize(photos, tmp_path / "set", PRESETS["heavy"], seed=7)
     record = json.loads((tmp_path / "set" / "rain.json").read_text())
-    lightest, heaviest = (Rain(**record[key]) for key in ("lightest", "heaviest"))
-    synthesize(photos, tmp_path / "again", (lightest, heaviest), seed=record["seed"], per_image=record["per_image"])
+    low, high = (Rain(**record[key]) for key in ("lower_limits", "upper_limits"))
+    synthesize(photos, tmp_path / "again", (low, high), seed=record["seed"], per_image=record["per_image"])
     assert contents(tmp_path / "again") == contents(tmp_path / "set")
     assert set(record["images"]) == {f"photo-{index}" for index in range(4)}
     assert all(Rain(**drawn) for drawn in record["images"].values())
@@ -299,8 +299,8 @@ def test_verify_accepts_the_set(preset, tmp_path):
     (tmp_path / "photos").mkdir()
     for index in range(3):
         Image.fromarray(scene(150, 200, index)).save(tmp_path / "photos" / f"photo-{index}.png")
-    lightest, heaviest = PRESETS[preset]
-    synthesize(tmp_path / "photos", tmp_path / "set", (lightest, dataclasses.replace(heaviest, drops=9)), per_image=2)
+    low, high = PRESETS[preset]
+    synthesize(tmp_path / "photos", tmp_path / "set", (low, dataclasses.replace(high, drops=9)), per_image=2)
     sets, findings = verify(tmp_path / "set")
     assert [len(split.files.pairs) for split in sets] == [6]
     assert findings == []

@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from derain.data.samplers import BalancedSampler, Stage, TrainingBatchSampler
+from derain.data.samplers import BalancedSampler, BatchStage, TrainingBatchSampler
 
-ONE = (Stage(0, 16, 4),)
-SCHEDULE = (*ONE, Stage(5, 24, 3), Stage(7, 32, 1))
+ONE = (BatchStage(0, 16, 4),)
+SCHEDULE = (*ONE, BatchStage(5, 24, 3), BatchStage(7, 32, 1))
 
 
 def training(count=11, rank=0, world=1, seed=0, stages=ONE, limit=None):
@@ -99,7 +99,7 @@ def test_stages_change_crop_and_batch_size_at_their_batch():
 
 
 def test_larger_batches_draw_the_next_permutation():
-    sampler = training(count=5, stages=(Stage(0, 16, 1), Stage(0, 16, 3)))
+    sampler = training(count=5, stages=(BatchStage(0, 16, 1), BatchStage(0, 16, 3)))
     indices = [sample.number for sample in flat(sampler)]
     assert len(indices) == 15
     assert sorted(indices) == list(range(15))  # three permutations of five samples

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from derain.errors import DerainError
-from derain.files.hub import HubModel, check_complete, loading
+from derain.files.hub import HubModelKind, check_complete, loading
 from derain.images import Pixels
 
-BLIP = HubModel(
+BLIP = HubModelKind(
     "BLIP",
     tokenizer=(("tokenizer.json",), ("vocab.txt",)),
     option="--captioner",
