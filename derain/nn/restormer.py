@@ -39,8 +39,7 @@ def pointwise(
 ) -> Float[Tensor, "b h w o"]:
     """Apply a 1×1 convolution to channels-last features."""
     # A dilation does not change a 1×1 convolution, but lets PyTorch use oneDNN on one thread too (above 20,480 values).
-    # An exported size is a symbol, which cannot be compared: `_uses_onednn` is false then.
-    dilation = 2 if _uses_onednn(x) and x.numel() > 20480 else 1
+    dilation = 2 if not compiling_or_exporting() and x.numel() > 20480 and _uses_onednn(x) else 1
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, dilation=dilation).permute(0, 2, 3, 1)
 
 
@@ -48,7 +47,7 @@ def _uses_onednn(x: Tensor) -> bool:
     """Return whether PyTorch computes dilated convolutions of a map with oneDNN."""
     is_float32 = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_float32 and has_onednn and not compiling_or_exporting()
+    return is_float32 and has_onednn
 
 
 def spatial(x: Float[Tensor, "b h w i"], convolution: nn.Module) -> Float[Tensor, "b h w o"]:
