@@ -110,7 +110,10 @@ class Restorer:
 
     @contextmanager
     def in_bf16(self) -> Iterator[None]:
-        """Compute in bf16 (autocast to bfloat16) within a ``with`` block, whatever the precision."""
+        """Compute in bf16 (autocast to bfloat16) within a ``with`` block, in calls from all threads.
+
+        Devices without bfloat16 instructions emulate them, which is slower (`computes_bf16`).
+        """
         before, self.scheduler.precision = self.scheduler.precision, "bf16"
         try:
             yield
@@ -344,7 +347,8 @@ def choose_device(name: str) -> torch.device:
 def computes_bf16(device: torch.device) -> bool:
     """Return whether a CUDA device or x86 processor has instructions for bfloat16; False for all others."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     capabilities = torch.cpu.get_capabilities()

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import inspect
+import io
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from PIL import Image
 
 import derain
 from derain import PLNLINGANModule
@@ -442,7 +444,7 @@ def test_lines_are_as_long_as_asked():
 
 
 def test_rain_at_night_has_the_light_of_the_lamps(monkeypatch, tmp_path):
-    """Where a lamp is bright, streaks add more light; the crop and its target are toned alike."""
+    """Where a lamp is bright, streaks add more light; crops at night are darkened, with their targets."""
     monkeypatch.syspath_prepend(EXPERIMENTS)
     script = load_script("default_rain")
     file = tmp_path / "1-1.png"
@@ -456,15 +458,37 @@ def test_rain_at_night_has_the_light_of_the_lamps(monkeypatch, tmp_path):
         light = script.lamplight((30, 40), np.random.default_rng(seed))
         assert light.shape == (30, 40, 3)
         assert light.min() > 0.05
+    monkeypatch.setattr(script, "AT_NIGHT", 1.0)
+    grey = np.full((48, 48, 3), 0.5, np.float32)
+    pairs = [rain.pair(grey, np.random.default_rng(seed), side=48) for seed in range(30)]
+    assert np.mean([target.mean() for _, target in pairs]) < 0.4
+    assert np.mean([rainy.mean() for rainy, _ in pairs]) > np.mean([target.mean() for _, target in pairs])
 
 
 def test_tones_change_both_crops_alike():
     script = load_script("default_rain")
-    crop = np.random.default_rng(0).random((8, 8, 3), np.float32)
+    clean = np.random.default_rng(0).random((8, 8, 3), np.float32)
+    rainy = clean.copy()
+    rainy[:4] = 1  # rain changes the mean of one crop only
     grey = 0
     for seed in range(60):
-        first, second = script.change_tone([crop, crop.copy()], np.random.default_rng(seed))
-        assert np.array_equal(first, second)
-        assert not np.array_equal(first, crop)
-        grey += int(np.ptp(first, axis=2).max() < 1e-6)
+        first, second = script.change_tone([rainy, clean], np.random.default_rng(seed))
+        assert np.array_equal(first[4:], second[4:])
+        assert not np.array_equal(first[:4], second[:4])
+        assert not np.array_equal(second, clean)
+        grey += int(np.ptp(second, axis=2).max() < 1e-6)
     assert 1 <= grey <= 20
+
+
+def test_jpeg_keeps_red_and_blue_apart():
+    """Pillow's JPEG of the same quality has the same colours: red is not treated as blue."""
+    script = load_script("default_rain")
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, ::3] = (255, 40, 0)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=40)
+    expected = np.asarray(Image.open(stream)).astype(float)
+    found = script.compress(image, 40, 0, 0).astype(float)
+    assert np.abs(found - expected).mean() < 4
+    swapped = script.compress(image[..., ::-1].copy(), 40, 0, 0)[..., ::-1].astype(float)
+    assert np.abs(swapped - expected).mean() > 8

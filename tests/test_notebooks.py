@@ -12,7 +12,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def code_of(path: Path) -> list[str]:
-    """Returns the code of each cell, without IPython's own commands."""
+    """Return the code of each cell, without IPython's own commands."""
     cells = json.loads(path.read_text())["cells"]
     sources = ["".join(cell["source"]).splitlines() for cell in cells if cell["cell_type"] == "code"]
     return ["\n".join(line for line in lines if not line.startswith("%")) for lines in sources]
@@ -31,7 +31,9 @@ def test_cells_run_in_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_imports_exist(path):
     nodes = [node for code in code_of(path) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
-    names = [(node.module, alias.name) for node in nodes for alias in node.names if node.module.startswith("derain")]
+    names = [
+        (node.module, alias.name) for node in nodes for alias in node.names if str(node.module).startswith("derain")
+    ]
     assert names
     for module, name in names:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"

@@ -167,20 +167,21 @@ def _restores_in_bf16(restorer: "Restorer", jobs: Mapping[Path, Path]) -> bool:
     """Return whether there are videos and the restorer suits bf16; if so, print that videos are restored in bf16."""
     if not any(map(is_video, jobs)) or not _suits_bf16(restorer):
         return False
-    print("videos are restored in bf16, which is faster; --precision float32 for exact values", file=sys.stderr)
+    print("videos are restored in bf16; --precision float32 for exact values", file=sys.stderr)
     return True
 
 
 def _suits_bf16(restorer: "Restorer") -> bool:
-    """Return whether a restorer is faster in bf16, with nearly the same results.
+    """Return whether the device has bf16 instructions, and the method is one of derain's own that does not sample.
 
-    Methods that sample may multiply rounding errors. Networks without parameters run in onnxruntime, without autocast.
+    Other methods may contain operations that do not support bf16, and sampling may multiply rounding errors.
     """
     from derain.methods.interfaces import Sampled
+    from derain.methods.registry import BUILT_IN, class_path
     from derain.restoration import computes_bf16
 
-    has_parameters = next(restorer.method.parameters(), None) is not None
-    return has_parameters and not isinstance(restorer.method, Sampled) and computes_bf16(restorer.device)
+    is_own = class_path(type(restorer.method)) in BUILT_IN
+    return is_own and not isinstance(restorer.method, Sampled) and computes_bf16(restorer.device)
 
 
 def _sampling(**options: str | int | None) -> Any:

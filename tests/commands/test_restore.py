@@ -190,24 +190,24 @@ def test_video_is_restored_frame_by_frame(video, file, tmp_path):
 @pytest.mark.parametrize(
     ("has_bf16", "option", "expected"),
     [
-        (True, [], {"float32", "bf16"}),  # the photo and the video
-        (True, ["--precision", "float32"], {"float32"}),
-        (True, ["--precision", "bf16"], {"bf16"}),
-        (False, [], {"float32"}),
+        (True, [], {"photo": "float32", "video": "bf16"}),
+        (True, ["--precision", "float32"], {"photo": "float32", "video": "float32"}),
+        (True, ["--precision", "bf16"], {"photo": "bf16", "video": "bf16"}),
+        (False, [], {"photo": "float32", "video": "float32"}),
     ],
 )
 def test_videos_are_restored_in_bf16(photo, video, file, tmp_path, monkeypatch, capsys, has_bf16, option, expected):
-    seen, run = set(), Scheduler.run
+    seen, run = {}, Scheduler.run
 
-    def note_precision(self, *arguments, **options):
-        seen.add(self.precision)
-        return run(self, *arguments, **options)
+    def note_precision(self, images, *arguments, **options):
+        seen["photo" if images[0].shape[1:] == (20, 30) else "video"] = self.precision
+        return run(self, images, *arguments, **options)
 
     monkeypatch.setattr(Scheduler, "run", note_precision)
     monkeypatch.setattr("derain.restoration.computes_bf16", lambda device: has_bf16)
     assert main(["restore", str(photo.parent), str(tmp_path / "out"), "--weights", file, *option]) == 0
     assert seen == expected
-    assert ("--precision" in capsys.readouterr().err) == (len(expected) == 2)
+    assert ("--precision" in capsys.readouterr().err) == (len(set(expected.values())) == 2)
 
 
 def test_methods_that_sample_are_restored_in_float32(video, tmp_path, monkeypatch):
